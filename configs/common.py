@@ -1,0 +1,80 @@
+"""Defaults of every run, with what each field means. A config file calls `base()` and changes what it is about."""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def base():
+    """A run's config with every section; `model` is left to the config file."""
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 1000
+    c.batch_size = 32  # sequences per optimiser step, over all devices and processes
+    c.seq_len = 512
+    c.model = ConfigDict()  # the fields of effmodels.config.ModelConfig
+    c.expect = ConfigDict({"params": placeholder(float), "active_params": placeholder(float)})  # checked within 1 % by the tests
+    c.data = data()
+    c.optim = optim()
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
+    c.rules = ConfigDict({}, allow_dotted_keys=True)  # changes to effmodels.parallel.axes.DEFAULT_RULES: dim = axis, tuple of axes or None
+    c.train = train()
+    c.checkpoint = ConfigDict(
+        {
+            "every_steps": 500,
+            "keep": 2,  # newest ones kept
+            "keep_best": 0,  # also the best ones by evaluation loss
+            "mode": "auto",  # "async" copies the state and writes behind the run, "sync" streams it; auto: async where the copy fits
+        }
+    )
+    c.eval = ConfigDict({"every_steps": 500, "batches": 16, "at_end": True, "sample_prompt": "def ", "sample_tokens": 200})
+    c.log = ConfigDict({"every_steps": 10, "tensorboard": "auto", "profile_steps": ()})  # profile_steps = (first, last)
+    return c
+
+
+def data():
+    """Where text comes from and how it becomes windows; see effmodels.data."""
+    return ConfigDict(
+        {
+            "name": "local",  # local text, or the name of a TensorFlow dataset such as "lm1b"
+            "paths": (),  # files, folders, globs; empty: the standard library source of the Python that runs
+            "column": "text",  # of .jsonl and .parquet files and of TensorFlow datasets
+            "tokenizer": "bytes",  # or "bpe:8192", or the path of a tokenizer.json or SentencePiece model
+            "packing": "concat",  # or "best_fit"
+            "holdout": 0.02,  # share of documents never trained on
+            "cache_dir": "",  # empty: $EFFMODELS_DATA, else ~/.cache/effmodels
+        }
+    )
+
+
+def optim():
+    """The optimiser and its schedule."""
+    return ConfigDict(
+        {
+            "name": "adamw",  # adafactor, lion, muon, sgd, or any of optax by name
+            "lr": 3e-4,
+            "schedule": "cosine",  # linear, wsd, constant
+            "warmup_steps": 100,
+            "final_lr_ratio": 0.1,
+            "decay_ratio": 0.1,  # wsd: the last share of the steps
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "clip": 1.0,  # global gradient norm; 0: off
+            "options": ConfigDict({}),  # passed to the optimiser as they are
+        }
+    )
+
+
+def train():
+    """How a step runs; nothing here changes what it computes, but for rounding."""
+    return ConfigDict(
+        {
+            "micro_batch_size": placeholder(int),  # sequences per forward and backward pass; None: the whole batch
+            "accumulation": "auto",  # "scan" inside one program, "loop" over two programs; auto: loop when a step takes over 30 s
+            "accumulate_dtype": "float32",
+            "remat": "none",  # full, dots, dots_no_batch
+            "batch_ramp": (),  # ((from_step, batch_size), ...)
+            "length_stages": (),  # ((from_step, seq_len), ...)
+            "compiler_options": ConfigDict({}),
+        }
+    )

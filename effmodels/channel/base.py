@@ -1,0 +1,52 @@
+"""The contract of a channel mixer. Letters: B batch, T time, D model, E experts."""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["losses", "load_E", "metrics"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LayerAux:
+    """What one layer reports besides its output: weighted losses (sums over valid tokens), tokens per expert, scalar metrics."""
+
+    losses: Any
+    load_E: Any
+    metrics: Any
+
+
+class ChannelMixer(nnx.Module):
+    """Base of all channel mixers; a subclass has a frozen dataclass `Config`, and `__init__(self, config, env, *, rngs)`.
+
+    `__call__(x_BTD, ctx)` returns (y_BTD, LayerAux or None). It keeps no state between tokens, so training and decoding share it.
+    """
+
+    Config: Any = None
+
+    @classmethod
+    def check(cls, config, env):
+        """Raises ConfigError when the config does not fit the model; called before anything is built."""
+
+    def __call__(self, x_BTD, ctx):
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, config, env, seq_len, dtype_bytes=2):
+        """The `Cost` of one layer."""
+        raise NotImplementedError
+
+
+def _relu_squared(x):
+    return jnp.square(jax.nn.relu(x))
+
+
+# name -> (function of one array per input matrix, number of input matrices)
+ACTIVATIONS = {
+    "swiglu": (lambda gate, up: jax.nn.silu(gate) * up, 2),  # arXiv:2002.05202
+    "geglu": (lambda gate, up: jax.nn.gelu(gate) * up, 2),
+    "gelu": (jax.nn.gelu, 1),
+    "relu2": (_relu_squared, 1),  # arXiv:2109.08668
+}

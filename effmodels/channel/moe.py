@@ -1,0 +1,126 @@
+"""Mixture of experts: a router in float32, dropless or with a capacity, shared experts, balance by loss or by bias.
+
+Letters: B batch, T time, D model, F ffn of one expert, E experts, k choices per token, C capacity.
+"""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from effmodels.channel import routers
+from effmodels.channel.base import ACTIVATIONS, ChannelMixer, LayerAux
+from effmodels.channel.mlp import MLP, hidden_size
+from effmodels.config import ConfigError, nearest
+from effmodels.layers.param import Buffer, ParamInfo, param
+from effmodels.mixers.base import Cost
+from effmodels.parallel.expert import expert_ffn
+
+
+class MoE(ChannelMixer):
+    """y = sum over the k chosen experts of weight * expert(x), plus the shared experts (DeepSeekMoE, arXiv:2401.06066)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        num_experts: int = 8
+        top_k: int = 2
+        hidden: int | None = None  # ffn width of one expert
+        activation: str = "swiglu"
+        router: str = "softmax"  # or "sigmoid"
+        normalize_weights: bool = True  # the k weights of a token sum to routed_scaling
+        routed_scaling: float = 1.0
+        groups: int = 1  # group-limited choice: the experts form this many groups,
+        top_groups: int = 1  # and a token may use this many of them
+        shared_experts: int = 0  # experts that every token uses
+        capacity_factor: float | None = None  # None: dropless; else C = ceil(factor * T * k / E) per row, while training
+        balance: str = "row"  # balance loss per "row" or over the whole "batch"
+        balance_coef: float = 0.01
+        z_coef: float = 0.0
+        bias_update_rate: float = 0.0  # > 0: loss-free balancing by a bias on the choice (usually 1e-3)
+
+    @classmethod
+    def check(cls, config, env):
+        c = config
+        if c.activation not in ACTIVATIONS:
+            raise ConfigError(f"moe.activation: unknown {c.activation!r}.{nearest(c.activation, ACTIVATIONS)}")
+        if c.router not in routers.SCORES:
+            raise ConfigError(f"moe.router: unknown {c.router!r}.{nearest(c.router, routers.SCORES)}")
+        if c.balance not in ("row", "batch"):
+            raise ConfigError(f"moe.balance: expected 'row' or 'batch', got {c.balance!r}.")
+        if not 1 <= c.top_k <= c.num_experts:
+            raise ConfigError(f"moe: top_k={c.top_k} must be between 1 and num_experts={c.num_experts}.")
+        if c.num_experts % c.groups or not 1 <= c.top_groups <= c.groups:
+            raise ConfigError(f"moe: groups={c.groups} must divide num_experts={c.num_experts}, and 1 <= top_groups={c.top_groups} <= groups.")
+        if c.top_k > c.top_groups * (c.num_experts // c.groups):
+            eligible = c.top_groups * (c.num_experts // c.groups)
+            raise ConfigError(f"moe: top_k={c.top_k} exceeds the {eligible} experts of top_groups={c.top_groups} of {c.groups} groups.")
+
+    def __init__(self, config, env, *, rngs):
+        self.config, self.env = config, env
+        D, E, F = env.d_model, config.num_experts, hidden_size(config, env)
+        make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
+        # The router stays in float32: bfloat16 scores tie, and ties make the choice depend on the order of experts.
+        self.router = param(jax.random.normal, rngs.params(), (D, E), ("embed", None), in_dims=("embed",))
+        self.w_in = make(rngs.params(), (E, D, F), ("expert", "embed", "expert_mlp"), in_dims=("embed",), batch_dims=("expert",))
+        if ACTIVATIONS[config.activation][1] == 2:
+            self.w_up = make(rngs.params(), (E, D, F), ("expert", "embed", "expert_mlp"), in_dims=("embed",), batch_dims=("expert",))
+        self.w_out = make(rngs.params(), (E, F, D), ("expert", "expert_mlp", "embed"), in_dims=("expert_mlp",), batch_dims=("expert",))
+        if config.shared_experts:
+            self.shared = MLP(_shared_config(config, env), env, rngs=rngs)
+        if config.bias_update_rate:
+            self.bias = Buffer(jnp.zeros((E,), jnp.float32), info=ParamInfo((None,)))
+
+    def __call__(self, x_BTD, ctx):
+        c = self.config
+        valid_BT = jnp.ones(x_BTD.shape[:2], bool) if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        routing = routers.route(logits_BTE, self.bias[...] if c.bias_update_rate else None, valid_BT, c)
+        load_BE = routers.loads(routing.ids_BTk, c.num_experts)
+        kept, dropped_BTk = routing, jnp.zeros((), bool)
+        if c.capacity_factor is not None and ctx.mode == "train":
+            kept, dropped_BTk = routers.limit_capacity(routing, capacity(c, x_BTD.shape[1]))
+        activation, inputs = ACTIVATIONS[c.activation]
+        w_in = (self.w_in[...], self.w_up[...]) if inputs == 2 else (self.w_in[...],)
+        y_BTD = expert_ffn(
+            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, implementation=self.env.implementation
+        )  # fmt: skip
+        if c.shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD, ctx)[0]
+        return y_BTD, self._aux(routing, load_BE, dropped_BTk, valid_BT)
+
+    def _aux(self, routing, load_BE, dropped_BTk, valid_BT):
+        c, load_E = self.config, jnp.sum(load_BE, axis=0)
+        losses = {}
+        if c.balance_coef:
+            losses["moe_balance"] = c.balance_coef * routers.balance_loss(routing, load_BE, valid_BT, c.balance)
+        if c.z_coef:
+            losses["moe_z"] = c.z_coef * routers.z_loss(routing, valid_BT)
+        metrics = {
+            "moe_max_violation": routers.max_violation(load_E),
+            "moe_drop_fraction": jnp.sum(dropped_BTk) / jnp.maximum(jnp.sum(load_E), 1.0),
+        }
+        return LayerAux(losses, load_E, jax.lax.stop_gradient(metrics))
+
+    @classmethod
+    def cost(cls, config, env, seq_len, dtype_bytes=2):
+        D, E, F = env.d_model, config.num_experts, hidden_size(config, env)
+        expert = (ACTIVATIONS[config.activation][1] + 1) * D * F
+        shared = MLP.cost(_shared_config(config, env), env, seq_len).params if config.shared_experts else 0
+        active = D * E + config.top_k * expert + shared
+        return Cost(
+            params=D * E + E * expert + shared,
+            active_params=active,
+            flops=2 * active * seq_len,
+            dense_flops=2 * active * seq_len,
+            decode_flops=2 * active,
+        )
+
+
+def capacity(config, seq_len):
+    """Tokens that one expert takes of one row."""
+    return max(1, math.ceil(config.capacity_factor * seq_len * config.top_k / config.num_experts))
+
+
+def _shared_config(config, env):
+    return MLP.Config(hidden=config.shared_experts * hidden_size(config, env), activation=config.activation)

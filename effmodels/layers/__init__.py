@@ -1,0 +1,1 @@
+"""Layers: shapes and maths; no mesh, no decoding state."""

@@ -1,0 +1,67 @@
+"""What travels with the activations through every layer: positions, order, documents, keys. Letters: B batch, T time, S source time, D model."""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions_BT", "index_BT", "segment_ids_BT", "layer", "key", "memory"],
+    meta_fields=["layout", "mode"],
+)
+@dataclasses.dataclass(frozen=True)
+class Ctx:
+    """Context of a call; frozen pytree, the last two fields static.
+
+    positions_BT: for rotary only, may repeat. index_BT: strict order in the row; causality and windows use only this; None = 0, 1, 2, ...
+    segment_ids_BT: 0 = padding, documents from 1; None = one document without padding. layer: absolute, int32, traced in scans.
+    key: None = deterministic; else already folded with step and micro-batch. memory: {name: Memory} for cross-attention.
+    """
+
+    positions_BT: Any = None
+    index_BT: Any = None
+    segment_ids_BT: Any = None
+    layer: Any = 0
+    key: Any = None
+    memory: Any = dataclasses.field(default_factory=dict)
+    layout: str = "contiguous"
+    mode: str = "train"
+
+    def at_layer(self, layer):
+        """The context of one layer."""
+        return dataclasses.replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+    def key_for(self, site):
+        """The random key of this layer and site (a small integer), or None when deterministic."""
+        if self.key is None:
+            return None
+        return jax.random.fold_in(jax.random.fold_in(self.key, self.layer), site)
+
+    def rotary_positions(self, batch, time):
+        """positions_BT, else the order in the row."""
+        if self.positions_BT is not None:
+            return self.positions_BT
+        if self.index_BT is not None:
+            return self.index_BT
+        return jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["x_BSD", "segment_ids_BS", "index_BS"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A sequence that layers may attend to: activations, documents (0 = padding) and order."""
+
+    x_BSD: Any
+    segment_ids_BS: Any = None
+    index_BS: Any = None
+
+
+def dropout(x, rate, key):
+    """x with a share `rate` of its entries zeroed and the rest scaled up; x itself without a key or at rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

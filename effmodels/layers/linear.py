@@ -1,0 +1,11 @@
+"""The one door of every matmul with a weight."""
+import jax.numpy as jnp
+
+
+def dot(spec, x, weight):
+    """einsum(spec, x, weight) in x's dtype (the compute dtype); `weight` is a Param or an array, cast on the way in.
+
+    spec: "BTD,DNH->BTNH", activations first. Sums run in float32 where the hardware multiplies in less.
+    """
+    w = weight if isinstance(weight, jnp.ndarray) else weight[...]
+    return jnp.einsum(spec, x, w.astype(x.dtype))

@@ -1,0 +1,170 @@
+"""Blocks and segments: one layer's residual wiring, and the grouping of all layers into scanned runs.
+
+Letters: B batch, T time, D model, R repeats of a period.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effmodels.layers.context import dropout
+from effmodels.layers.norms import NORMS
+from effmodels.parallel import stack
+
+DROPOUT_MIXER, DROPOUT_CHANNEL = 0, 1  # sites of Ctx.key_for
+
+
+class Block(nnx.Module):
+    """One layer: token mixer and channel mixer, each with its norm(s) and residual.
+
+    norm_position: "pre" x + f(norm(x)); "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x))).
+    residual: "serial", or "parallel" (both mixers read the same input; with "pre" each keeps its own norm, as GPT-NeoX).
+    """
+
+    def __init__(self, kind, resolved, *, rngs):
+        config = resolved.config
+        self.norm_position, self.residual, self.rate = config.norm_position, config.residual, config.dropout
+
+        def norm():
+            return NORMS[config.norm](config.d_model, rngs=rngs, eps=config.norm_eps, param_dtype=config.param_dtype)
+
+        self.mixer = kind.mixer.cls(kind.mixer.config, resolved.env, rngs=rngs)
+        self.channel = kind.channel.cls(kind.channel.config, resolved.env, rngs=rngs)
+        self.norm_mixer, self.norm_channel = norm(), norm()
+        if config.norm_position == "sandwich":
+            self.norm_mixer_out, self.norm_channel_out = norm(), norm()
+
+    def __call__(self, x_BTD, ctx):
+        """(y_BTD, LayerAux or None)."""
+        y_BTD, aux, _ = self._run(x_BTD, ctx, lambda h: (self.mixer(h, ctx), None))
+        return y_BTD, aux
+
+    def prefill(self, x_BTD, ctx, state, valid_BT):
+        """(y_BTD, state) with the mixer's prefill."""
+        y_BTD, _, state = self._run(x_BTD, ctx, lambda h: self.mixer.prefill(h, ctx, state, valid_BT))
+        return y_BTD, state
+
+    def step(self, x_BD, ctx, state, active_B):
+        """(y_BD, state) with the mixer's step."""
+
+        def mix(h_BTD):
+            y_BD, new_state = self.mixer.step(h_BTD[:, 0], ctx, state, active_B)
+            return y_BD[:, None], new_state
+
+        y_BTD, _, state = self._run(x_BD[:, None], ctx, mix)
+        return y_BTD[:, 0], state
+
+    def _run(self, x_BTD, ctx, mix):
+        """The residual wiring around `mix(h) -> (y, state)` and the channel mixer; (y_BTD, aux, state)."""
+        pre, out = self.norm_position != "post", self.norm_position == "sandwich"
+        h_BTD, state = mix(self.norm_mixer(x_BTD) if pre else x_BTD)
+        h_BTD = dropout(self.norm_mixer_out(h_BTD) if out else h_BTD, self.rate, ctx.key_for(DROPOUT_MIXER))
+        if self.residual == "parallel":
+            g_BTD, aux = self._channel(x_BTD, ctx, pre, out)
+            return (x_BTD + h_BTD + g_BTD if pre else self.norm_mixer(x_BTD + h_BTD + g_BTD)), aux, state
+        x_BTD = x_BTD + h_BTD if pre else self.norm_mixer(x_BTD + h_BTD)
+        g_BTD, aux = self._channel(x_BTD, ctx, pre, out)
+        return (x_BTD + g_BTD if pre else self.norm_channel(x_BTD + g_BTD)), aux, state
+
+    def _channel(self, x_BTD, ctx, pre, out):
+        g_BTD, aux = self.channel(self.norm_channel(x_BTD) if pre else x_BTD, ctx)
+        return dropout(self.norm_channel_out(g_BTD) if out else g_BTD, self.rate, ctx.key_for(DROPOUT_CHANNEL)), aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Layers start .. start + len(kinds) * repeats - 1: a period of kinds, repeated."""
+
+    start: int
+    kinds: tuple
+    repeats: int
+
+
+def segments(kinds, scan_layers=True):
+    """All layers as maximal (period, repeats) runs, greedily from the first layer: at each place the period that covers most layers.
+
+    Of equal coverage the shortest period wins (fewest layers to compile). scan_layers=False: every layer is a run of its own.
+    """
+    runs, i = [], 0
+    while i < len(kinds):
+        best = (1, 1)
+        for period in range(1, (len(kinds) - i) // 2 + 1 if scan_layers else 1):
+            repeats = 1
+            while kinds[i + repeats * period : i + (repeats + 1) * period] == kinds[i : i + period]:
+                repeats += 1
+            if repeats > 1 and period * repeats > best[0] * best[1]:
+                best = (period, repeats)
+        period, repeats = best
+        runs.append(Run(i, tuple(kinds[i : i + period]), repeats))
+        i += period * repeats
+    return runs
+
+
+class Segment(nnx.Module):
+    """One run of layers; with repeats > 1 its blocks are stacked and scanned."""
+
+    def __init__(self, run, resolved, key):
+        self.start, self.repeats, self.period = run.start, run.repeats, len(run.kinds)
+        self.remat = resolved.config.remat
+
+        def block_of(kind):
+            return lambda layer_key: Block(kind, resolved, rngs=nnx.Rngs(layer_key))
+
+        def layer_key(layer):
+            return jax.random.fold_in(key, layer)
+
+        blocks = []
+        for p, kind in enumerate(run.kinds):
+            layers = run.start + p + self.period * jnp.arange(run.repeats)
+            build = block_of(kind)
+            blocks.append(build(layer_key(layers[0])) if run.repeats == 1 else stack.stack(build, jax.vmap(layer_key)(layers)))
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x_BTD, ctx):
+        """(y_BTD, tuple over the period of LayerAux or None; with repeats > 1 their leaves have a leading dim R)."""
+
+        def body(blocks, x, first_layer):
+            auxes = []
+            for p, block in enumerate(blocks.blocks):
+                x, aux = block(x, ctx.at_layer(first_layer + p))
+                auxes.append(aux)
+            return x, tuple(auxes)
+
+        if self.repeats == 1:
+            graphdef, state = nnx.split(Period(self.blocks))
+            run = stack.checkpointed(lambda s, x: body(nnx.merge(graphdef, s), x, self.start), self.remat)
+            return run(state, x_BTD)
+        return stack.scan(body, Period(self.blocks), x_BTD, self._first_layers(), remat=self.remat)
+
+    def init_state(self, batch, max_len, dtype):
+        """One mixer state per place in the period; with repeats > 1 stacked [R, ...]."""
+        states = [block.mixer.init_state(batch, max_len, dtype) for block in self.blocks]
+        if self.repeats == 1:
+            return tuple(states)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), tuple(states))
+
+    def decode(self, x, ctx, states, call):
+        """(y, states) where call(block, x, ctx, state) is a block's prefill or step."""
+
+        def body(blocks, x, xs):
+            first_layer, old = xs
+            new = []
+            for p, block in enumerate(blocks.blocks):
+                x, state = call(block, x, ctx.at_layer(first_layer + p), old[p])
+                new.append(state)
+            return x, tuple(new)
+
+        if self.repeats == 1:
+            return body(Period(self.blocks), x, (self.start, states))
+        return stack.scan(body, Period(self.blocks), x, (self._first_layers(), states))
+
+    def _first_layers(self):
+        return self.start + self.period * jnp.arange(self.repeats, dtype=jnp.int32)
+
+
+class Period(nnx.Module):
+    """The blocks of one period, as a unit to split and scan."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks

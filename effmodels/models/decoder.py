@@ -1,0 +1,238 @@
+"""The decoder: embedding, segments of layers, head; one loss, and decoding with a state.
+
+Letters: B batch, T time, D model, V vocab, L layers, E experts.
+"""
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effmodels.channel.routers import updated_bias
+from effmodels.layers import head
+from effmodels.layers.context import Ctx, dropout
+from effmodels.layers.norms import NORMS
+from effmodels.layers.param import param
+from effmodels.models.blocks import Segment, segments
+from effmodels.models.resolve import resolve
+from effmodels.parallel import ops
+from effmodels.parallel.axes import shard, shards
+
+DROPOUT_EMBED = 2  # site of Ctx.key_for
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["losses", "load_LE", "metrics"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What the layers report. losses: {name: scalar}, weighted, in the unit of ce_sum (a sum over tokens). load_LE: routed choices per MoE
+    layer (absolute order) and expert, or None. metrics: {name: [L]} over the same layers."""
+
+    losses: Any
+    load_LE: Any
+    metrics: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ce_sum", "weight_sum", "aux"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LossOut:
+    """Sums, so that micro-batches and devices add up: the step's loss is total_sum over everything / weight_sum over everything."""
+
+    ce_sum: Any
+    weight_sum: Any
+    aux: Aux
+
+    @property
+    def total_sum(self):
+        """What is differentiated: cross entropy and auxiliary losses, both summed over tokens."""
+        return self.ce_sum + sum(self.aux.losses.values())
+
+    @property
+    def loss(self):
+        """Mean cross entropy per target token, in nats."""
+        return self.ce_sum / jnp.maximum(self.weight_sum, 1e-9)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "length_B"], meta_fields=["max_len"])
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The mixers' states by segment and place, the number of valid tokens of each row, and how many fit."""
+
+    layers: Any
+    length_B: Any
+    max_len: int
+
+
+class Decoder(nnx.Module):
+    """A causal language model from a ModelConfig (or its mapping); raises ConfigError before any array is made."""
+
+    def __init__(self, config, *, rngs):
+        self.resolved = resolve(config)
+        c = self.config = self.resolved.config
+        self.embed = param(
+            jax.random.normal, rngs.params(), (c.vocab_size, c.d_model), ("vocab", "embed"), in_dims=("embed",), dtype=c.param_dtype
+        )  # fmt: skip
+        if not c.tie_embeddings:
+            self.head = param(
+                jax.random.normal, rngs.params(), (c.d_model, c.vocab_size), ("embed", "vocab"), in_dims=("embed",), dtype=c.param_dtype
+            )  # fmt: skip
+        self.final_norm = NORMS[c.norm](c.d_model, rngs=rngs, eps=c.norm_eps, param_dtype=c.param_dtype)
+        layer_key = rngs.params()
+        self.segments = nnx.List([Segment(run, self.resolved, layer_key) for run in segments(self.resolved.layers, c.scan_layers)])
+
+    def __call__(self, tokens_BT, segment_ids=None, positions=None):
+        """float32 logits [B, T, V]."""
+        hidden_BTD, _ = self.hidden(tokens_BT, segment_ids_BT=segment_ids, positions_BT=positions, mode="eval")
+        return self.logits(hidden_BTD)
+
+    def hidden(self, tokens_BT, **ctx_fields):
+        """(hidden_BTD after the final norm, Aux); ctx_fields are those of `Ctx`."""
+        ctx = Ctx(**ctx_fields)
+        x_BTD = self._embed(tokens_BT, ctx)
+        auxes = []
+        for segment in self.segments:
+            x_BTD, aux = segment(x_BTD, ctx)
+            auxes.append(aux)
+        return self.final_norm(x_BTD), _gather_aux(auxes, self.segments)
+
+    def logits(self, hidden_BTD):
+        """float32 logits [B, T, V] of the hidden states that `hidden` returns."""
+        c = self.config
+        weight = self.embed if c.tie_embeddings else self.head
+        z_BTV = head.logits(hidden_BTD, weight, tied=c.tie_embeddings, soft_cap=c.logits_soft_cap, scale=self._head_scale())
+        return shard(z_BTV, "batch", "seq", "act_vocab" if c.vocab_size % shards("act_vocab") == 0 else None)
+
+    def loss(self, batch, key=None, mode="train"):
+        """The one loss of train, plan, verify and compare: `LossOut` of a batch {tokens, targets, weights, segment_ids, positions} [B, T].
+
+        weights, segment_ids and positions may be absent. Logits are never built. key: None for no dropout.
+        """
+        batch = {name.removesuffix("_BT"): value for name, value in batch.items()}
+        c, tokens_BT, targets_BT = self.config, batch["tokens"], batch["targets"]
+        hidden_BTD, aux = self.hidden(
+            tokens_BT, segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode
+        )  # fmt: skip
+        weights_BT = batch.get("weights")
+        weights_BT = jnp.ones(tokens_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
+        scale = self._head_scale()
+        ce_BT, lse_BT = ops.linear_cross_entropy(
+            hidden_BTD if scale == 1.0 else hidden_BTD * scale,
+            (self.embed if c.tie_embeddings else self.head)[...].astype(hidden_BTD.dtype),
+            targets_BT, w_layout="VD" if c.tie_embeddings else "DV",
+            logits_soft_cap=c.logits_soft_cap, implementation=c.implementation,
+        )  # fmt: skip
+        if c.z_loss:
+            aux.losses["z_loss"] = c.z_loss * jnp.sum(weights_BT * lse_BT**2)
+        return LossOut(jnp.sum(weights_BT * ce_BT), jnp.sum(weights_BT), aux)
+
+    def init_state(self, batch, max_len, dtype=None, memory=None):
+        """The empty decoding state of `batch` sequences of up to max_len tokens; dtype of caches (default: the compute dtype)."""
+        if memory is not None:
+            raise NotImplementedError("Decoder.init_state: no mixer of this model attends to a memory; leave memory=None.")
+        dtype = self.config.compute_dtype if dtype is None else dtype
+        layers = tuple(segment.init_state(batch, max_len, dtype) for segment in self.segments)
+        return DecodeState(layers, jnp.zeros((batch,), jnp.int32), max_len)
+
+    def prefill(self, tokens_BT, state, valid_BT=None, positions_BT=None, last_only=False):
+        """(logits_BTV, state) after T more tokens, any T, callable again; with last_only logits_BV of each row's last valid token.
+
+        valid_BT: False for padding, left, right or inside. positions_BT: for rotary; default: the number of valid tokens before each.
+        """
+        B, T = tokens_BT.shape
+        valid = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
+        before_BT = state.length_B[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+        self._check_room(state, T if valid_BT is None else jnp.sum(valid, axis=1))
+        ctx = self._decode_ctx(before_BT, valid, positions_BT, "prefill")
+        x_BTD, layers = self._decode(self._embed(tokens_BT, ctx), ctx, state, lambda b, x, c, s: b.prefill(x, c, s, valid_BT))
+        state = DecodeState(layers, state.length_B + jnp.sum(valid, axis=1, dtype=jnp.int32), state.max_len)
+        if last_only:
+            last_B = T - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+            return self.logits(self.final_norm(x_BTD[jnp.arange(B), last_B][:, None]))[:, 0], state
+        return self.logits(self.final_norm(x_BTD)), state
+
+    def step(self, tokens_B, state, active_B=None):
+        """(logits_BV, state) after one more token; rows that are not active keep their state."""
+        self._check_room(state, 1 if active_B is None else active_B)
+        active = jnp.ones(tokens_B.shape, bool) if active_B is None else active_B
+        ctx = self._decode_ctx(state.length_B[:, None], active[:, None], None, "step")
+        x_BD, layers = self._decode(self._embed(tokens_B[:, None], ctx)[:, 0], ctx, state, lambda b, x, c, s: b.step(x, c, s, active_B))
+        logits_BV = self.logits(self.final_norm(x_BD)[:, None])[:, 0]
+        return logits_BV, DecodeState(layers, state.length_B + active.astype(jnp.int32), state.max_len)
+
+    def update_buffers(self, buffers, load_LE):
+        """The buffers (dict by path) after one optimiser step whose routed choices per MoE layer and expert were load_LE."""
+        if load_LE is None:
+            return buffers
+        buffers, rows = dict(buffers), _aux_rows(self.segments)
+        for (s, p), layers in rows.items():
+            channel, path = self.segments[s].blocks[p].channel, f"segments.{s}.blocks.{p}.channel.bias"
+            if path in buffers:
+                load = load_LE[jnp.asarray(layers), : channel.config.num_experts]
+                load = load if self.segments[s].repeats > 1 else load[0]
+                buffers[path] = updated_bias(buffers[path], load, channel.config.bias_update_rate)
+        return buffers
+
+    def _embed(self, tokens_BT, ctx):
+        x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype)
+        return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, ctx.at_layer(-1).key_for(DROPOUT_EMBED))
+
+    def _decode(self, x, ctx, state, call):
+        layers = []
+        for segment, old in zip(self.segments, state.layers):
+            x, new = segment.decode(x, ctx, old, call)
+            layers.append(new)
+        return x, tuple(layers)
+
+    def _decode_ctx(self, index_BT, valid_BT, positions_BT, mode):
+        positions_BT = index_BT if positions_BT is None else positions_BT
+        return Ctx(positions_BT=positions_BT, index_BT=index_BT, segment_ids_BT=valid_BT.astype(jnp.int32), mode=mode)
+
+    def _check_room(self, state, new_tokens):
+        """A full cache is an error on the host; inside jit the lengths are unknown and the caller keeps count."""
+        longest = jnp.max(state.length_B + new_tokens)
+        if not isinstance(longest, jax.core.Tracer) and int(longest) > state.max_len:
+            raise ValueError(
+                f"the decoding state holds max_len={state.max_len} tokens and this call would make a row {int(longest)} long; "
+                "make it with a larger max_len."
+            )
+
+    def _head_scale(self):
+        # muP (arXiv:2203.03466, table 8): output logits shrink with width, so that their size does not depend on it.
+        c = self.config
+        return 1.0 if c.mup_base_width is None else c.mup_base_width / c.d_model
+
+
+def _aux_rows(segs):
+    """(segment, place in the period) -> rows of load_LE, for every layer that reports a load; absolute layer order."""
+    layers = []
+    for s, segment in enumerate(segs):
+        for p, block in enumerate(segment.blocks):
+            if hasattr(block.channel.config, "num_experts"):
+                layers += [(segment.start + r * segment.period + p, (s, p)) for r in range(segment.repeats)]
+    rows = {}
+    for row, (_, place) in enumerate(sorted(layers)):
+        rows.setdefault(place, []).append(row)
+    return rows
+
+
+def _gather_aux(auxes, segs):
+    """One Aux from the segments' LayerAux: losses added, loads and metrics put in absolute layer order."""
+    losses, loads, metrics, layers = {}, [], {}, []
+    for segment, by_place in zip(segs, auxes):
+        for p, aux in enumerate(by_place):
+            if aux is None:
+                continue
+            aux = aux if segment.repeats > 1 else jax.tree.map(lambda a: a[None], aux)
+            layers += [segment.start + r * segment.period + p for r in range(segment.repeats)]
+            for name, value in aux.losses.items():
+                losses[name] = losses.get(name, 0.0) + jnp.sum(value)
+            loads.append(aux.load_E)
+            for name, value in aux.metrics.items():
+                metrics.setdefault(name, []).append(value)
+    if not layers:
+        return Aux(losses, None, metrics)
+    order = jnp.asarray(sorted(range(len(layers)), key=layers.__getitem__))
+    experts = max(load.shape[-1] for load in loads)  # layers with fewer experts are padded with zeros
+    load_LE = jnp.concatenate([jnp.pad(load, ((0, 0), (0, experts - load.shape[-1]))) for load in loads])[order]
+    return Aux(losses, jax.lax.stop_gradient(load_LE), {name: jnp.concatenate(values)[order] for name, values in metrics.items()})

@@ -1,0 +1,86 @@
+"""From names to parts: a ModelConfig becomes one LayerKind per layer, every field checked, before data or devices are touched."""
+import dataclasses
+from typing import Any
+
+from effmodels.channel.registry import get_channel
+from effmodels.config import ConfigError, ModelConfig, build, nearest
+from effmodels.mixers.base import Env
+from effmodels.mixers.registry import get_mixer
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One named instance of a mixer or channel mixer: its class and its checked Config."""
+
+    name: str
+    cls: Any
+    config: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one layer is made of; layers of equal kind can share a scanned stack."""
+
+    mixer: Part
+    channel: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A checked model: its config, what layers may know of it, and the kind of every layer."""
+
+    config: ModelConfig
+    env: Env
+    layers: tuple[LayerKind, ...]
+
+
+def resolve(config):
+    """The parts of every layer of a ModelConfig, dict or ConfigDict; raises ConfigError (nearest names) for anything that does not fit."""
+    config = config if isinstance(config, ModelConfig) else ModelConfig.from_mapping(config)
+    env = Env(
+        d_model=config.d_model, num_layers=config.num_layers, norm_eps=config.norm_eps, param_dtype=config.param_dtype,
+        implementation=config.implementation, mup_base_width=config.mup_base_width,
+    )  # fmt: skip
+    mixers = _parts(config.mixers, config.pattern, [m for m, _ in _pairs(config)], get_mixer, env, "mixers", "pattern")
+    channels = _parts(config.channels, config.channel, [c for _, c in _pairs(config)], get_channel, env, "channels", "channel")
+    return Resolved(config, env, tuple(LayerKind(mixers[m], channels[c]) for m, c in layer_names(config)))
+
+
+def layer_names(config):
+    """(mixer name, channel name) of every layer: the pattern at the absolute index, then prefix and suffix over it."""
+    names = [(config.pattern[i % len(config.pattern)], config.channel[i % len(config.channel)]) for i in range(config.num_layers)]
+    names[: len(config.prefix)] = list(config.prefix)
+    if config.suffix:
+        names[-len(config.suffix) :] = list(config.suffix)
+    return names
+
+
+def _pairs(config):
+    pairs = (*config.prefix, *config.suffix)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ConfigError(f"model.prefix / model.suffix: expected pairs (mixer, channel), got {pair!r}.")
+    return pairs
+
+
+def _parts(definitions, pattern, extra_names, get_class, env, table, field):
+    """Every name in use, as a Part; a name without a definition is a registry name with default fields."""
+    parts = {}
+    for name in (*pattern, *extra_names, *definitions):
+        if name in parts:
+            continue
+        fields = dict(definitions.get(name, {}))
+        kind = fields.pop("kind", name)
+        try:
+            cls = get_class(kind)
+        except ConfigError as error:
+            where = f"model.{table}.{name}.kind" if name in definitions else f"model.{field}"
+            known = f" Named here: {', '.join(definitions)}." if definitions else ""
+            raise ConfigError(f"{where}: {error}{known}") from None
+        part_config = build(cls.Config, fields, f"model.{table}.{name}")
+        cls.check(part_config, env)
+        parts[name] = Part(name, cls, part_config)
+    unused = [n for n in definitions if n not in pattern and n not in extra_names]
+    if unused:
+        raise ConfigError(f"model.{table}: {unused[0]!r} is defined but no layer uses it.{nearest(unused[0], [*pattern, *extra_names])}")
+    return parts

@@ -1,0 +1,76 @@
+"""A model's arrays as plain dictionaries by path, and the canonical names that do not depend on how layers were grouped."""
+import re
+
+import jax
+from flax import nnx
+
+from effmodels.layers.param import Buffer
+
+_IN_SEGMENT = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(.+)")
+
+
+def split(model):
+    """(graphdef, params, buffers): dicts of arrays by path, such as "segments.0.blocks.1.mixer.wq" or "embed"."""
+    graphdef, params, buffers = nnx.split(model, nnx.Param, Buffer)
+    return graphdef, _flat(params), _flat(buffers)
+
+
+def merge(graphdef, params, buffers):
+    """The model of `split`'s graphdef with these arrays."""
+    flat = {_key(path): value for path, value in {**params, **buffers}.items()}
+    return nnx.merge(graphdef, nnx.State(_nest(flat)))
+
+
+def info(model):
+    """path -> ParamInfo of every parameter and buffer; the model may be abstract."""
+    return {_path(keys): v.get_metadata()["info"] for keys, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def manifest(model):
+    """canonical name -> (path, index into the stack or None), for every parameter and buffer.
+
+    Canonical: "embed", "head", "final_norm.scale", "layers.<absolute i>.<mixer|channel|norm...>.<param>"; never a segment index.
+    """
+    return canonical_names(info(model), [(s.start, s.period, s.repeats) for s in model.segments])
+
+
+def canonical_names(paths, runs):
+    """`manifest` from paths and the (start, period, repeats) of every segment."""
+    names = {}
+    for path in paths:
+        match = _IN_SEGMENT.fullmatch(path)
+        if match is None:
+            names[path] = (path, None)
+            continue
+        start, period, repeats = runs[int(match[1])]
+        for r in range(repeats):
+            layer = start + r * period + int(match[2])
+            names[f"layers.{layer}.{match[3]}"] = (path, r if repeats > 1 else None)
+    return names
+
+
+def num_params(model):
+    """The number of trained values; the model may be abstract."""
+    return sum(v.size for v in jax.tree.leaves(nnx.split(model, nnx.Param, ...)[1]))
+
+
+def _flat(state):
+    return {_path(keys): v.get_value() for keys, v in nnx.to_flat_state(state)}
+
+
+def _path(keys):
+    return ".".join(map(str, keys))
+
+
+def _key(path):
+    return tuple(int(k) if k.isdigit() else k for k in path.split("."))
+
+
+def _nest(flat):
+    nested = {}
+    for keys, value in flat.items():
+        node = nested
+        for k in keys[:-1]:
+            node = node.setdefault(k, {})
+        node[keys[-1]] = value
+    return nested

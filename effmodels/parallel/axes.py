@@ -1,0 +1,161 @@
+"""Names of dims, the rules that map them to mesh axes, and `shard`, which applies them.
+
+An *axis* belongs to a mesh, a *dim* to an array. Layers name dims; only a rules table says where a dim goes. The table in force is part of
+jit's cache key (`jax.make_user_context`), so that changing it can never run a stale program.
+"""
+import contextlib
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from effmodels.config import ConfigError, nearest
+
+# Slowest-varying first: tensor neighbours sit closest in the interconnect, stages and data replicas farthest.
+MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
+
+ACTIVATION_DIMS = (
+    "batch", "seq", "res_seq", "kv_seq", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_expert", "tokens",
+)  # fmt: skip
+PARAMETER_DIMS = ("embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm")
+DIMS = ACTIVATION_DIMS + PARAMETER_DIMS
+
+DEFAULT_RULES = {
+    "batch": ("data", "fsdp", "expert"),
+    "seq": "seq",
+    "res_seq": "seq",
+    "kv_seq": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+    "act_expert": "expert",
+    "tokens": ("data", "fsdp", "expert", "seq"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "value_dim": None,
+    "mlp": "tensor",
+    "expert": "expert",
+    "expert_mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "stage": "stage",
+    "norm": None,
+}
+
+_RULES = jax.make_user_context(default_value=None)
+
+
+def make_rules(overrides=None):
+    """The default table with a run's overrides, as the hashable form that the context carries; names are checked."""
+    table = dict(DEFAULT_RULES)
+    for dim, axes in (overrides or {}).items():
+        if dim not in DIMS:
+            raise ConfigError(f"rules: unknown dim {dim!r}.{nearest(dim, DIMS)}")
+        for axis in as_tuple(axes):
+            if axis not in MESH_AXES:
+                raise ConfigError(f"rules.{dim}: unknown mesh axis {axis!r}.{nearest(axis, MESH_AXES)}")
+        table[dim] = axes if axes is None or isinstance(axes, str) else tuple(axes)
+    return tuple(sorted(table.items()))
+
+
+def decode_rules(rules=None):
+    """The table used while decoding: a sequence of one token cannot be split, so no dim of time is."""
+    table = dict(rules or make_rules())
+    table.update(seq=None, res_seq=None, kv_seq=None, tokens=("data", "fsdp", "expert"))
+    return tuple(sorted(table.items()))
+
+
+@contextlib.contextmanager
+def use(mesh, rules=None):
+    """Inside, `shard` and `parallel.ops` place arrays on `mesh` by `rules` (default: DEFAULT_RULES)."""
+    with jax.set_mesh(mesh), _RULES(rules if isinstance(rules, tuple) else make_rules(rules)):
+        yield mesh
+
+
+def current_rules():
+    """The table in force, as a dict."""
+    return dict(_RULES.value) if _RULES.value is not None else DEFAULT_RULES
+
+
+def current_mesh():
+    """The abstract mesh in force, or None: no mesh, or inside a shard_map, where every axis is already manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or any(t == AxisType.Manual for t in mesh.axis_types):
+        return None
+    return mesh
+
+
+def spec(dim_names, *, rules=None, mesh=None, array="array"):
+    """The PartitionSpec of an array whose dims have these names (None: a dim that is never split).
+
+    Raises ConfigError for an unknown dim, and for a mesh axis that two dims of the array want, naming the array and both rules.
+    """
+    rules = current_rules() if rules is None else dict(rules)
+    mesh = mesh or current_mesh()
+    present = MESH_AXES if mesh is None else mesh.axis_names
+    owner, entries = {}, []
+    for dim in dim_names:
+        if dim is not None and dim not in DIMS:
+            raise ConfigError(f"{array}: unknown dim {dim!r}.{nearest(dim, DIMS)}")
+        axes = tuple(a for a in as_tuple(rules.get(dim) if dim else None) if a in present)
+        for axis in axes:
+            if axis in owner:
+                raise ConfigError(
+                    f"{array} {tuple(dim_names)}: mesh axis {axis!r} is wanted by two dims, {owner[axis]!r} (rules.{owner[axis]}="
+                    f"{rules[owner[axis]]!r}) and {dim!r} (rules.{dim}={rules[dim]!r}). Change one of the two rules."
+                )
+            owner[axis] = dim
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
+
+
+def shards(dim, *, mesh=None, rules=None):
+    """Into how many pieces a dim is split."""
+    mesh = mesh or current_mesh()
+    if mesh is None:
+        return 1
+    rules = current_rules() if rules is None else dict(rules)
+    return math.prod(mesh.shape[a] for a in as_tuple(rules.get(dim)) if a in mesh.shape)
+
+
+def shard(x, *dim_names):
+    """x, placed by the rules in force; x itself without a mesh. Raises ConfigError when a dim cannot be split evenly."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, checked_spec(x.shape, dim_names, mesh=mesh, array="activation"))
+
+
+def checked_spec(shape, dim_names, *, mesh, rules=None, array):
+    """`spec`, with every size checked against the mesh."""
+    if len(shape) != len(dim_names):
+        raise ConfigError(f"{array}: {len(shape)} dims {tuple(shape)} but {len(dim_names)} names {tuple(dim_names)}.")
+    for size, dim in zip(shape, dim_names):
+        pieces = shards(dim, mesh=mesh, rules=rules) if dim else 1
+        if size % pieces:
+            table = current_rules() if rules is None else dict(rules)
+            raise ConfigError(
+                f"{array} {tuple(dim_names)}: {dim}={size} cannot be split over {pieces} devices (rules.{dim}={table[dim]!r}, mesh "
+                f"{dict(mesh.shape)}). Use a multiple of {pieces}, another mesh, or rules.{dim}=None."
+            )
+    return spec(dim_names, rules=rules, mesh=mesh, array=array)
+
+
+def parameter_sharding(shape, info, *, mesh, rules=None, name="parameter"):
+    """The NamedSharding of a stored parameter or of a moment of the same shape.
+
+    A vocabulary that does not divide is stored whole: `parallel.ops` pads and masks it where it is used.
+    """
+    names = tuple(None if d == "vocab" and n % shards(d, mesh=mesh, rules=rules) else d for n, d in zip(shape, info.dim_names))
+    return NamedSharding(mesh, checked_spec(shape, names, mesh=mesh, rules=rules, array=name))
+
+
+def as_tuple(axes):
+    """A rule's value (None, one axis or several) as a tuple of axes."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -1,0 +1,151 @@
+"""The door between models and kernels: each op takes whole arrays, derives specs from the rules and runs the kernel shard by shard.
+
+A Pallas kernel under an automatic mesh cannot be partitioned by the compiler, so every op enters `jax.shard_map` over the whole mesh.
+Without a mesh it calls the kernel. Rings and state passing over a sharded sequence belong here too.
+Letters: B batch, T query time, S key time, N heads, K kv heads, H head dim, P value dim, D model, V vocab, E experts, M rows, F ffn.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+import pallas_kernels
+from effmodels.parallel import axes
+
+
+def run_sharded(f, arrays, out_dims):
+    """f(**arrays) shard by shard; arrays = {name: (array or None, dim names)}, absent ones are left out.
+
+    out_dims: a pytree of tuples of dim names, one per output. The local arrays of f have the sizes of one shard.
+    """
+    arrays = {name: (a, dims) for name, (a, dims) in arrays.items() if a is not None}
+    values = {name: a for name, (a, _) in arrays.items()}
+    mesh = axes.current_mesh()
+    if mesh is None:
+        return f(**values)
+    in_specs = {name: axes.checked_spec(a.shape, dims, mesh=mesh, array=name) for name, (a, dims) in arrays.items()}
+    out_specs = jax.tree.map(axes.spec, out_dims, is_leaf=_is_dims)
+    return _manual(lambda v: f(**v), mesh, (in_specs,), out_specs)(values)
+
+
+def _manual(f, mesh, in_specs, out_specs):
+    # Custom VJPs and kernels carry no replication types, hence check_vma=False; said here only.
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _is_dims(x):
+    return isinstance(x, tuple) and all(d is None or isinstance(d, str) for d in x)
+
+
+def _refuse_sharded_time(op):
+    pieces = axes.shards("seq")
+    if pieces > 1:
+        raise NotImplementedError(
+            f"{op}: the sequence is split over {pieces} devices, which needs ring attention and state passing; these are not built yet. "
+            "Use mesh.seq=1 and split over data, fsdp or tensor."
+        )
+
+
+def attention(
+    q_BTNH, k_BSKH, v_BSKP, *, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, sinks=None, **options
+):  # fmt: skip
+    """`pallas_kernels.flash_attention` with batch and heads split by the rules; [B, T, N, P] in q's dtype.
+
+    Where the tensor axis does not divide the kv heads, they are repeated until it does.
+    """
+    _refuse_sharded_time("attention")
+    pieces, kv_heads = axes.shards("act_heads"), k_BSKH.shape[2]
+    if kv_heads % pieces:
+        repeats = math.lcm(kv_heads, pieces) // kv_heads
+        k_BSKH, v_BSKP = jnp.repeat(k_BSKH, repeats, axis=2), jnp.repeat(v_BSKP, repeats, axis=2)
+
+    def kernel(q, k, v, **rest):
+        return pallas_kernels.flash_attention(q, k, v, **rest, **options)
+
+    heads, rows = ("batch", None, "act_heads", None), ("batch", None)
+    arrays = {
+        "q": (q_BTNH, heads), "k": (k_BSKH, heads), "v": (v_BSKP, heads), "sinks": (sinks, ("act_heads",)),
+        "segment_ids": (segment_ids, rows), "kv_segment_ids": (kv_segment_ids, rows),
+        "positions": (positions, rows), "kv_positions": (kv_positions, rows),
+    }  # fmt: skip
+    return run_sharded(kernel, arrays, heads)
+
+
+def retention(q_BTNH, k_BTNH, v_BTNP, log_decay, *, initial_state=None, segment_ids=None, output_final_state=False, **options):
+    """`pallas_kernels.retention` with batch and heads split by the rules; y [B, T, N, P], and the state [B, N, H, P] if asked."""
+    _refuse_sharded_time("retention")
+
+    def kernel(q, k, v, log_decay, **rest):
+        return pallas_kernels.retention(q, k, v, log_decay, output_final_state=output_final_state, **rest, **options)
+
+    heads, state = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
+    decay_dims = ("act_heads",) if log_decay.ndim == 1 else ("batch", None, "act_heads")
+    arrays = {
+        "q": (q_BTNH, heads), "k": (k_BTNH, heads), "v": (v_BTNP, heads), "log_decay": (log_decay, decay_dims),
+        "initial_state": (initial_state, state), "segment_ids": (segment_ids, ("batch", None)),
+    }  # fmt: skip
+    return run_sharded(kernel, arrays, (heads, state) if output_final_state else heads)
+
+
+def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, **options):
+    """`pallas_kernels.grouped_matmul` on the local rows; call it inside `run_sharded`, where rows are already sorted by group."""
+    return pallas_kernels.grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, **options)
+
+
+def embedding(table_VD, tokens_BT):
+    """The table's rows for each token, [B, T, D]; every vocabulary shard looks up its own rows and the shards add up."""
+    mesh = axes.current_mesh()
+    split = axes.as_tuple(axes.current_rules()["vocab"]) if mesh is not None and table_VD.shape[0] % axes.shards("vocab") == 0 else ()
+    split = tuple(a for a in split if mesh.shape.get(a, 1) > 1)
+
+    def local(table, tokens):
+        if not split:
+            return table[tokens]
+        own = tokens - jax.lax.axis_index(split) * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0), split)
+
+    arrays = {"table": (table_VD, ("vocab" if split else None, None)), "tokens": (tokens_BT, ("batch", "seq"))}
+    return run_sharded(local, arrays, ("batch", "seq", None))
+
+
+def linear_cross_entropy(x_BTD, w, labels_BT, *, w_layout, **options):
+    """Head matmul and cross entropy without the logits: (loss_BT, lse_BT), float32, vocab-parallel where the rules split the vocabulary.
+
+    A vocabulary that does not divide is used whole and the tokens are split over the tensor axis instead.
+    """
+    mesh = axes.current_mesh()
+    vocab = w.shape[1] if w_layout == "DV" else w.shape[0]
+    rules = axes.current_rules()
+    vocab_axes = tuple(a for a in axes.as_tuple(rules["act_vocab"]) if mesh is not None and mesh.shape.get(a, 1) > 1)
+    pieces = axes.shards("act_vocab")
+    flat = functools.partial(_flat_linear_cross_entropy, w_layout=w_layout, **options)
+    if mesh is None:
+        return flat(x_BTD, w, labels_BT)
+    split_vocab = pieces > 1 and vocab % pieces == 0
+    rows = axes.spec(("batch", "seq"), mesh=mesh, array="tokens")
+    if not split_vocab and pieces > 1 and x_BTD.shape[1] % (pieces * axes.shards("seq")) == 0:
+        rows = PartitionSpec(rows[0], axes.as_tuple(rows[1]) + vocab_axes)
+    w_spec = PartitionSpec(*((None, vocab_axes) if w_layout == "DV" else (vocab_axes, None))) if split_vocab else PartitionSpec()
+    body = functools.partial(_vocab_parallel, flat=flat, vocab_axes=vocab_axes, w_layout=w_layout) if split_vocab else flat
+    return _manual(body, mesh, (PartitionSpec(*rows, None), w_spec, rows), (rows, rows))(x_BTD, w, labels_BT)
+
+
+def _flat_linear_cross_entropy(x_BTD, w, labels_BT, **options):
+    B, T, D = x_BTD.shape
+    loss_M, lse_M = pallas_kernels.linear_cross_entropy(x_BTD.reshape(B * T, D), w, labels_BT.reshape(B * T), **options)
+    return loss_M.reshape(B, T), lse_M.reshape(B, T)
+
+
+def _vocab_parallel(x_BTD, w, labels_BT, *, flat, vocab_axes, w_layout):
+    """One shard of the vocabulary: its log-sum-exp and, if it holds the label, the label's logit; then combined over the shards."""
+    size = w.shape[1] if w_layout == "DV" else w.shape[0]
+    local_labels = labels_BT - jax.lax.axis_index(vocab_axes) * size
+    # A label outside the shard adds no logit: then loss = lse.
+    loss_BT, lse_BT = flat(x_BTD, w, jnp.where((local_labels >= 0) & (local_labels < size), local_labels, -1))
+    peak_BT = jax.lax.pmax(jax.lax.stop_gradient(lse_BT), vocab_axes)
+    total_BT = jnp.log(jax.lax.psum(jnp.exp(lse_BT - peak_BT), vocab_axes)) + peak_BT
+    label_logit_BT = jax.lax.psum(lse_BT - loss_BT, vocab_axes)
+    return total_BT - label_logit_BT, total_BT

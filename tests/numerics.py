@@ -1,0 +1,28 @@
+"""How close two tensors are, said the same way everywhere: relative root-mean-square error of a named tensor."""
+import jax
+import numpy as np
+
+
+def relative_rms(got, want, floor=0.0):
+    """RMS(got - want) / max(RMS(want), floor), both sides in float64."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"shapes differ: got {got.shape}, want {want.shape}"
+    if got.size == 0:
+        return 0.0
+    scale = max(float(np.sqrt(np.mean(want**2))), floor, np.finfo(np.float64).tiny)
+    return float(np.sqrt(np.mean((got - want) ** 2))) / scale
+
+
+def assert_close(name, got, want, rel, floor=0.0):
+    """Fails with the name, the error and the bound; NaNs never pass. `floor` is an RMS below which a tensor counts as zero."""
+    error = relative_rms(got, want, floor)
+    assert error <= rel, f"{name}: relative RMS error {error:.3e} exceeds {rel:.1e}"
+
+
+def assert_trees_close(got, want, rel, floor=0.0):
+    """`assert_close` on every leaf, named by its path."""
+    got_leaves, got_tree = jax.tree_util.tree_flatten_with_path(got)
+    want_leaves, want_tree = jax.tree_util.tree_flatten_with_path(want)
+    assert got_tree == want_tree, f"structures differ:\n{got_tree}\n{want_tree}"
+    for (path, g), (_, w) in zip(got_leaves, want_leaves):
+        assert_close(jax.tree_util.keystr(path), g, w, rel, floor)
