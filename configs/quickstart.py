@@ -20,6 +20,7 @@ def get_config(arg=None):
         "channels": {"mlp": {"hidden": 384}, "moe": {"num_experts": 4, "top_k": 1, "hidden": 384, "bias_update_rate": 1e-3}},
         "tie_embeddings": True,
     }
+    c.expect.params, c.expect.active_params = 1.443e6, 1.001e6
     c.optim.lr, c.optim.warmup_steps = 3e-3, 30
     c.checkpoint.every_steps = c.eval.every_steps = 150
     if arg == "test":
@@ -27,6 +28,7 @@ def get_config(arg=None):
         c.model.d_model, c.model.num_layers = 32, 4
         c.model.mixers = {"retention": {"num_heads": 2, "head_dim": 16, "value_dim": 16}, "attention": {"num_heads": 2, "window": 16}}
         c.model.channels = {"mlp": {"hidden": 64}, "moe": {"num_experts": 4, "top_k": 1, "hidden": 32, "bias_update_rate": 1e-3}}
+        c.expect.params, c.expect.active_params = None, None
         c.checkpoint.every_steps = c.eval.every_steps = 3
         c.eval.batches, c.eval.sample_tokens, c.log.every_steps, c.optim.warmup_steps = 2, 8, 1, 2
     elif arg:

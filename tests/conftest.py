@@ -2,6 +2,7 @@
 
 Everything here happens before jax is imported for the first time.
 """
+import hashlib
 import os
 import pathlib
 
@@ -32,3 +33,29 @@ def x64():
     """Double precision inside one test: forms that must be equal are compared where rounding plays no part."""
     with jax.enable_x64(True):
         yield
+
+
+# Folders whose tests also run on the second version column in .ci/run; the rest depends on no library that differs between the two.
+CORE = ("contract", "parallel", "layers", "mixers", "channel", "models", "decode", "pallas_kernels", "train")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the core tests; leaves slow ones out unless SLOW_SHARD=k/n asks for the k-th of n parts."""
+    kept, left_out, shard = [], [], os.environ.get("SLOW_SHARD")
+    for item in items:
+        if pathlib.Path(item.path).parent.name in CORE:
+            item.add_marker("core")
+        slow = item.get_closest_marker("slow") is not None
+        wanted = not slow if shard is None else slow and _in_shard(item.nodeid, shard)
+        # A test named on the command line runs whatever its marks.
+        named = any("::" in arg for arg in config.args)
+        (kept if wanted or named else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def _in_shard(nodeid, shard):
+    k, n = map(int, shard.split("/"))
+    if not 1 <= k <= n:
+        raise pytest.UsageError(f"SLOW_SHARD={shard}: expected k/n with 1 <= k <= n.")
+    return int(hashlib.sha256(nodeid.encode()).hexdigest(), 16) % n == k - 1

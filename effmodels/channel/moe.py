@@ -74,7 +74,8 @@ class MoE(ChannelMixer):
     def __call__(self, x_BTD, ctx):
         c = self.config
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(wide), self.router[...].astype(wide))
         routing = routers.route(logits_BTE, self.bias[...] if c.bias_update_rate else None, valid_BT, c)
         load_BE = routers.loads(routing.ids_BTk, c.num_experts)
         kept, dropped_BTk = routing, jnp.zeros((), bool)
@@ -112,7 +113,7 @@ class MoE(ChannelMixer):
             params=D * E + E * expert + shared,
             active_params=active,
             flops=2 * active * seq_len,
-            dense_flops=2 * active * seq_len,
+            dense_flops=2 * (active + (E - 1) * config.top_k * expert) * seq_len,
             decode_flops=2 * active,
         )
 

@@ -87,8 +87,9 @@ class Attention(TokenMixer):
     def init_state(self, batch, max_len, dtype):
         K, H = _kv_heads_and_dim(self.config, self.env)
         slots = _slots(self.config, max_len)
-        empty = jnp.zeros((batch, slots, K, H), dtype)
-        return KVCache(empty, empty, jnp.full((batch, slots), -1, jnp.int32))
+        # Two arrays, not one twice: a decoding state is donated, and a buffer can be donated once.
+        k_BSKH, v_BSKH = (jnp.zeros((batch, slots, K, H), dtype) for _ in range(2))
+        return KVCache(k_BSKH, v_BSKH, jnp.full((batch, slots), -1, jnp.int32))
 
     def prefill(self, x_BTD, ctx, state, valid_BT=None):
         q, k, v = self._project(x_BTD, ctx)

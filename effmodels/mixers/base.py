@@ -23,7 +23,8 @@ class Cost:
     """Exact accounting of one layer. FLOPs are forward, a multiply-add is two, matmuls only.
 
     params / active_params: all, and those one token uses. flops: per sequence of `seq_len` tokens, useful ones (visible pairs only).
-    dense_flops: the same as an unfused program executes them (every pair). decode_flops: one token after `seq_len` others.
+    dense_flops: what a program without masks and groups executes: every pair (of a chunk), every row against every expert; checked against
+    the compiler. decode_flops: one token after `seq_len` others.
     state_bytes: per sequence, able to hold `seq_len` tokens.
     """
 

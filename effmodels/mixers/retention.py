@@ -135,13 +135,14 @@ class Retention(TokenMixer):
         # Chunkwise: pairs inside a chunk, then the state read and written once per token.
         chunks, rest = divmod(seq_len, chunk)
         pairs = chunks * visible_pairs(chunk) + visible_pairs(rest)
+        squares = -(-seq_len // chunk) * chunk**2
         state = 4 * N * H * P * seq_len
         return Cost(
             params=params,
             flops=projections + 2 * N * (H + P) * pairs + state,
-            dense_flops=projections + 2 * N * (H + P) * seq_len**2,
+            dense_flops=projections + 2 * N * (H + P) * squares + state,
             decode_flops=2 * params + 4 * N * H * P,
-            state_bytes=4 * N * H * P,
+            state_bytes=max(4, dtype_bytes) * N * H * P,
         )
 
 

@@ -1,0 +1,37 @@
+# make quickstart   installs into .venv and trains configs/quickstart.py
+# make test         installs what tests need and runs the default suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: quickstart test slow lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m experiments.train --config=configs/quickstart.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist=loadfile $(PYTEST_ARGS)
+
+# The long rest; SLOW_SHARD=k/n runs the k-th of n parts.
+slow: $(VENV)/.installed-test
+	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"effmodels needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; use make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: setup.py $(VENV)/.python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py $(VENV)/.python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

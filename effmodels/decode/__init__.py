@@ -1,0 +1,5 @@
+"""Decoding with a carried state: prefill once, then one step per token; never the prefix again."""
+from effmodels.decode.generate import generate, stream
+from effmodels.decode.sampling import sample
+
+__all__ = ["generate", "sample", "stream"]

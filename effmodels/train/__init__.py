@@ -1,0 +1,1 @@
+"""Training: optimisers and schedules by name, the state and its checkpoints, metrics."""

@@ -1,0 +1,229 @@
+"""Everything a run is made of, before its first step: model, mesh, shardings, optimiser, data and compiled programs.
+
+The order matters for the time to the first step: the compiler works in a thread while the data is prepared.
+"""
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effmodels import data
+from effmodels.config import ConfigError
+from effmodels.layers.param import ParamInfo
+from effmodels.models import Decoder, cost
+from effmodels.models import state as model_state
+from effmodels.parallel import axes
+from effmodels.parallel import mesh as meshes
+from effmodels.train import budget, metrics, optim, schedules, step
+from effmodels.train.run_config import RunConfig
+from effmodels.train.state import TrainState
+
+DEVICE_KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
+LOOP_ABOVE_SECONDS = 30.0
+# Tokens per device in one micro-batch where the config leaves the choice: enough rows for the matmuls, few enough to fit.
+MICRO_TOKENS = {"cpu": 8192, "tpu": 16_384, "gpu": 16_384}
+LARGE_MODEL = 2e8  # parameters above which a CPU takes MICRO_TOKENS_LARGE at a time
+MICRO_TOKENS_LARGE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of one sequence length; either train_step or the other three."""
+
+    train_step: Any = None
+    micro_step: Any = None
+    apply_step: Any = None
+    zero_sums: Any = None
+    eval_step: Any = None
+
+
+class Setup:
+    """A checked run: `start` compiles and prepares the data; nothing is allocated on a device before."""
+
+    def __init__(self, config, log):
+        self.log, self.platform = log, jax.default_backend()
+        self.config = c = RunConfig.from_mapping(config, self.platform)
+        self.sizes = c.mesh_sizes(jax.device_count())
+        self.rules = axes.make_rules(c.rules)
+        self.mesh = meshes.make_mesh(self.sizes)
+        self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
+        _, self.abstract_params, self.abstract_buffers = model_state.split(self.model)
+        self.infos, self.names = model_state.info(self.model), model_state.manifest(self.model)
+        self.cost = cost(c.model, c.seq_len)
+        self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
+        self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
+        self.ramp = schedules.BatchRamp(
+            c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths
+        )  # fmt: skip
+        shapes = {p: a.shape for p, a in self.abstract_params.items()}
+        param_infos = {p: self.infos[p] for p in shapes}
+        width = None if c.model.mup_base_width is None else c.model.d_model / c.model.mup_base_width
+        self.schedule = schedules.make_schedule(c.optim, c.steps)
+        self.optimizer = optim.make_optimizer(c.optim, param_infos, shapes, c.steps, mup_width_multiplier=width)
+        self.optimizer_text = optim.describe(c.optim, param_infos, shapes, mup_width_multiplier=width)[0]
+        self.abstract_state = jax.eval_shape(self._init, jax.random.key(0, impl="threefry2x32"))
+        self.shardings = self._state_shardings(param_infos, shapes)
+        self.peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        self.accumulation = self._choose_accumulation()
+        self.functions = step.make_step(self.model, self.optimizer, self.schedule, c.seed, c.train.accumulate_dtype)
+        self.compiled, self.prepared = {}, {}
+
+    def start(self):
+        """Compiles the first stage's programs while its data is prepared; checks that the vocabulary fits."""
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            first = self.ramp.seq_len_at(0)
+            compiling = pool.submit(self.programs, first)
+            self.data(first)
+            for stage in self.lengths.stages:
+                self.data(stage.seq_len)
+            compiling.result()
+
+    def programs(self, seq_len):
+        """The compiled `Programs` of a sequence length; compiled on first use, with a line on the console."""
+        if seq_len not in self.compiled:
+            start = time.perf_counter()
+            with self.context():
+                self.compiled[seq_len] = self._compile(seq_len)
+            seconds = time.perf_counter() - start
+            program = self.compiled[seq_len].train_step or self.compiled[seq_len].micro_step
+            self.log(
+                f"compiled {'one step' if self.accumulation == 'scan' else 'micro_step and apply_step'} for sequences of {seq_len} in "
+                f"{seconds:.1f} s; temporaries {budget.temp_bytes(program) / 1e6:,.0f} MB per device"
+            )
+        return self.compiled[seq_len]
+
+    def data(self, seq_len):
+        """The prepared data of a sequence length; ConfigError when the vocabulary is larger than the model's."""
+        if seq_len not in self.prepared:
+            prepared = data.prepare(self.config.data, seq_len, log=self.log)
+            if prepared.tokenizer.vocab_size > self.config.model.vocab_size:
+                raise ConfigError(
+                    f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} "
+                    f"({self.config.data.get('tokenizer', 'bytes')}); set model.vocab_size to at least that."
+                )
+            self.prepared[seq_len] = prepared
+        return self.prepared[seq_len]
+
+    def init_state(self):
+        """A fresh TrainState, made on the devices where it lives."""
+        key = jax.random.key(self.config.seed, impl="threefry2x32")
+        with self.context():
+            return jax.jit(self._init, out_shardings=self.shardings)(key)
+
+    def restorable_state(self):
+        """The abstract TrainState with shardings that a checkpoint is restored into."""
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract_state, self.shardings)
+
+    def put(self, batches):
+        """Micro-batches of this process as one global [M, B, T] array per key, or [B, T] from a single dict."""
+        if isinstance(batches, dict):
+            local, sharding = {k: batches[k] for k in DEVICE_KEYS}, self._batch_sharding(stacked=False)
+        else:
+            local, sharding = {k: np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}, self._batch_sharding(stacked=True)
+        return {k: jax.make_array_from_process_local_data(sharding, a) for k, a in local.items()}
+
+    def context(self):
+        """The mesh and rules in force, per thread; nothing on a single device, where no op needs to be split."""
+        return axes.use(self.mesh, self.rules) if self.mesh.size > 1 else contextlib.nullcontext()
+
+    def memory_budget(self, seq_len, copies_on_save):
+        """`MemoryBudget` of the run at this length."""
+        programs = self.programs(seq_len)
+        return budget.memory_budget(
+            self.abstract_state, self.shardings, self.config.train.accumulate_dtype,
+            self.accumulation == "loop" or self.config.batch_size > self.micro_batch,
+            programs.train_step or programs.micro_step, copies_on_save,
+        )  # fmt: skip
+
+    def estimated_step_seconds(self):
+        """A first guess from FLOPs and an assumed share of peak; the run replaces it by measurements."""
+        c = self.config
+        executed = budget.step_flops(c.model, c.seq_len, c.batch_size, c.train.remat)[1]
+        return executed / budget.flops_per_second(self.peak) / max(1, jax.process_count())
+
+    def _init(self, key):
+        return step.init_state(functools.partial(_build, self.config.model), self.optimizer, key)
+
+    def _auto_micro_batch(self):
+        c, rows = self.config, self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
+        large = self.platform == "cpu" and self.cost.params > LARGE_MODEL
+        tokens = MICRO_TOKENS_LARGE if large else MICRO_TOKENS.get(self.platform, MICRO_TOKENS["gpu"])
+        most = max(rows, tokens // c.seq_len * rows)
+        sizes = [b for _, b in c.train.batch_ramp] or [c.batch_size]
+        fitting = [n for n in range(rows, most + 1, rows) if all(b % n == 0 for b in sizes)]
+        if not fitting:
+            raise ConfigError(f"config: batch sizes {sizes} cannot be split over the {rows} devices of the mesh's data, fsdp and expert axes.")
+        return fitting[-1]
+
+    def _choose_accumulation(self):
+        c = self.config
+        wanted = c.train.accumulation
+        if c.train.batch_ramp and wanted == "scan":
+            raise ConfigError("config.train: a batch_ramp changes the number of micro-batches, which accumulation='scan' fixes; use 'loop'.")
+        if wanted != "auto":
+            return wanted
+        if c.train.batch_ramp:
+            return "loop"
+        return "loop" if self.estimated_step_seconds() > LOOP_ABOVE_SECONDS else "scan"
+
+    def _state_shardings(self, param_infos, shapes):
+        def of(info, a, name):
+            return axes.parameter_sharding(a.shape, info, mesh=self.mesh, rules=self.rules, name=name)
+
+        params = {p: of(self.infos[p], a, p) for p, a in self.abstract_params.items()}
+        buffers = {p: of(self.infos[p], a, p) for p, a in self.abstract_buffers.items()}
+        opt_names = optim.state_dim_names(self.abstract_state.opt_state, param_infos, shapes)
+        leaves, tree = jax.tree.flatten(self.abstract_state.opt_state)
+        flat_names = tree.flatten_up_to(opt_names)
+        opt_state = tree.unflatten([of(ParamInfo(tuple(n)), a, "optimiser state") for n, a in zip(flat_names, leaves)])
+        return TrainState(step=NamedSharding(self.mesh, PartitionSpec()), params=params, buffers=buffers, opt_state=opt_state)
+
+    def _batch_sharding(self, stacked):
+        spec = axes.spec(("batch", "seq"), rules=self.rules, mesh=self.mesh, array="batch")
+        return NamedSharding(self.mesh, PartitionSpec(None, *spec) if stacked else spec)
+
+    def _abstract_batch(self, seq_len, micro_batches=None):
+        shape = (self.micro_batch, seq_len) if micro_batches is None else (micro_batches, self.micro_batch, seq_len)
+        sharding = self._batch_sharding(stacked=micro_batches is not None)
+        kinds = {"weights": jnp.float32}
+        return {k: jax.ShapeDtypeStruct(shape, kinds.get(k, jnp.int32), sharding=sharding) for k in DEVICE_KEYS}
+
+    def _compile(self, seq_len):
+        f, sh, state = self.functions, self.shardings, self.restorable_state()
+        options = dict(self.config.train.compiler_options) or None
+        batch = self._abstract_batch(seq_len)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def program(fn, *args, out=None, donate=()):
+            # One trace per program: a second one would mean that shapes or statics change from step to step.
+            return jax.jit(chex.assert_max_traces(fn, 1), donate_argnums=donate, out_shardings=out).lower(*args).compile(compiler_options=options)
+
+        eval_step = program(f.eval_step, state.params, state.buffers, batch)
+        if self.accumulation == "scan":
+            count = self.config.batch_size // self.micro_batch
+            train_step = program(f.train_step, state, self._abstract_batch(seq_len, count), out=(sh, None), donate=(0,))
+            return Programs(train_step=train_step, eval_step=eval_step)
+        sums = jax.eval_shape(f.zero_sums, state.params, state.buffers, batch)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        sums_sh = jax.tree.map(lambda _: replicated, sums)._replace(grads=sh.params)
+        sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), sums, sums_sh)
+        zero = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums), out_shardings=sums_sh)
+        return Programs(
+            micro_step=program(f.micro_step, state.params, state.buffers, sums, batch, number, number, out=sums_sh, donate=(2,)),
+            apply_step=program(f.apply_step, state, sums, number, out=(sh, None), donate=(0, 1)),
+            zero_sums=zero.lower().compile(),
+            eval_step=eval_step,
+        )
+
+
+def _build(model_config, key):
+    return Decoder(model_config, rngs=nnx.Rngs(key))

@@ -1,0 +1,130 @@
+"""Retention chunk by chunk in plain jnp: matmuls inside chunks, all chunks at once, and a short scan over chunk states. The CPU path.
+
+B batch (b: B or 1), T time, N heads, H head dim, P value dim, n chunks, C tokens of a chunk, s and t tokens of one chunk.
+RetNet (arXiv:2307.08621) eq. 7, with any decay and with packed segments:
+  out_t = sum_{s <= t} w(t,s) (q_t k_s) v_s + exp(sum_{u <= t} g_u) q_t S,     w(t,s) = exp(sum_{s < u <= t} g_u)
+Every exponent is a sum of log decays g <= 0 of the tokens between, added up as such and never a difference of two cumulative
+sums: nothing overflows, and a strong decay beside a weak one costs no digits.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.checks import accumulator
+from pallas_kernels.retention.summary import Summary, runs
+
+CHUNK = 64  # measured on a two-core CPU, H = P = 64
+
+
+class _Decay(NamedTuple):
+    """Log decays inside chunks; the axes b and n are 1 where nothing depends on them. -inf: not the same segment, or padding."""
+    pair_bNnts: jax.Array  # from key s to query t
+    from_start_bNnC: jax.Array  # from the state before the chunk to query t
+    to_end_bNnC: jax.Array  # from key s to the state after the chunk
+    total_bNn: jax.Array  # from the state before to the state after
+
+
+def retain(q_BTNH, k_BTNH, v_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale):
+    """(out [B,T,N,P], final state [B,N,H,P], Summary)."""
+    B, T, N, _ = q_BTNH.shape
+    dtype = accumulator(q_BTNH.dtype)
+    C = min(chunk_size or CHUNK, T)
+    q, k, v = (_chunks(x, C).transpose(0, 3, 1, 2, 4) for x in (q_BTNH, k_BTNH, v_BTNP))
+    if segment_ids is None:
+        run_bT, first_B, last_B = None, jnp.ones(B, jnp.int32), jnp.ones(B, jnp.int32)
+        valid_bT = None if T % C == 0 else jnp.ones((1, T), bool)
+    else:
+        run_bT, first_B, last_B = runs(segment_ids)
+        valid_bT = segment_ids != 0
+    decay = _decay(log_decay, valid_bT, run_bT, T, C, dtype)
+    before_BNnHP, alone_BNHP = _states(k, v, decay, dtype)
+    passed_bNn = jnp.cumsum(decay.total_bNn * jnp.ones(k.shape[2], dtype), axis=2)
+    state_BNHP = alone_BNHP
+    if initial_state is not None:
+        initial_BNHP = initial_state.astype(dtype)
+        kept_bNn = jnp.exp(jnp.pad(passed_bNn, ((0, 0), (0, 0), (1, 0))))
+        before_BNnHP = before_BNnHP + kept_bNn[:, :, :-1, None, None] * initial_BNHP[:, :, None]
+        state_BNHP = alone_BNHP + kept_bNn[:, :, -1, None, None] * initial_BNHP
+    out_BNnCP = _outputs(q, k, v, before_BNnHP, decay, scale, dtype)
+    out_BTNP = out_BNnCP.astype(q_BTNH.dtype).transpose(0, 2, 3, 1, 4).reshape(B, -1, N, v.shape[-1])[:, :T]
+    return out_BTNP, state_BNHP, Summary(alone_BNHP, jnp.broadcast_to(passed_bNn[:, :, -1], (B, N)), first_B, last_B)
+
+
+def _chunks(x_BT, C, edge=False):
+    """[B, T, ...] -> [B, n, C, ...]; the last chunk is filled with zeros or, with `edge`, with the last value."""
+    pad = -x_BT.shape[1] % C
+    if pad:
+        x_BT = jnp.pad(x_BT, [(0, pad if axis == 1 else 0) for axis in range(x_BT.ndim)], mode="edge" if edge else "constant")
+    return x_BT.reshape(x_BT.shape[0], -1, C, *x_BT.shape[2:])
+
+
+def _decay(log_decay, valid_bT, run_bT, T, C, dtype):
+    # exp() of less than this is zero, and a sum over -inf tokens would be nan where it meets zero.
+    log_decay = jnp.maximum(log_decay.astype(dtype), -104.0 if dtype == jnp.float32 else -746.0)
+    valid_bnC = jnp.ones((1, 1, C), bool) if valid_bT is None else _chunks(valid_bT, C)
+    if log_decay.ndim == 1:
+        # A constant decay counts tokens: small whole numbers, exact.
+        count_bnC = jnp.cumsum(valid_bnC.astype(dtype), axis=-1)[:, None]
+        g_N11 = log_decay[:, None, None]
+        decay = _Decay(
+            g_N11[..., None] * (count_bnC[..., :, None] - count_bnC[..., None, :]),
+            g_N11 * count_bnC,
+            g_N11 * (count_bnC[..., -1:] - count_bnC),
+            log_decay[:, None] * count_bnC[..., -1],
+        )
+    else:
+        g_bNnC = jnp.where(valid_bnC[:, None], _chunks(log_decay, C).transpose(0, 3, 1, 2), 0.0)
+        later = jnp.tril(jnp.ones((C, C), bool), -1)  # u > s
+        between_bNnus = jnp.where(later, g_bNnC[..., :, None], 0.0)
+        up_to_tu = jnp.tril(jnp.ones((C, C), dtype))
+        from_start_bNnC = jnp.cumsum(g_bNnC, axis=-1)
+        decay = _Decay(
+            jnp.einsum("tu,bNnus->bNnts", up_to_tu, between_bNnus, precision="highest"),
+            from_start_bNnC,
+            between_bNnus.sum(-2),
+            from_start_bNnC[..., -1],
+        )
+    return _masked(decay, valid_bnC, None if run_bT is None else _chunks(run_bT, C, edge=True))
+
+
+def _masked(decay, valid_bnC, run_bnC):
+    """-inf wherever nothing passes: from the future, from or to padding, from another run."""
+    see_bnts = jnp.tril(jnp.ones(valid_bnC.shape[-1:] * 2, bool)) & valid_bnC[..., :, None] & valid_bnC[..., None, :]
+    reads_bnC = writes_bnC = valid_bnC
+    total_bNn = decay.total_bNn
+    if run_bnC is not None:
+        before_bn = jnp.pad(run_bnC[:, :-1, -1], ((0, 0), (1, 0)))  # run 0 is that of the initial state
+        see_bnts &= run_bnC[..., :, None] == run_bnC[..., None, :]
+        reads_bnC &= run_bnC == before_bn[..., None]
+        writes_bnC &= run_bnC == run_bnC[..., -1:]
+        total_bNn = jnp.where((run_bnC[..., -1] == before_bn)[:, None], total_bNn, -jnp.inf)
+    keep = lambda mask, x: jnp.where(mask[:, None], x, -jnp.inf)  # noqa: E731
+    return _Decay(keep(see_bnts, decay.pair_bNnts), keep(reads_bnC, decay.from_start_bNnC), keep(writes_bnC, decay.to_end_bNnC), total_bNn)
+
+
+def _states(k_BNnCH, v_BNnCP, decay, dtype):
+    """(state before each chunk [B,N,n,H,P], state after the last [B,N,H,P]), both from zero."""
+    weighted_BNnCH = (k_BNnCH * jnp.exp(decay.to_end_bNnC)[..., None]).astype(k_BNnCH.dtype)
+    write_BNnHP = jnp.einsum("bNnch,bNncp->bNnhp", weighted_BNnCH, v_BNnCP, preferred_element_type=dtype)
+    if write_BNnHP.shape[2] == 1:
+        return jnp.zeros_like(write_BNnHP), write_BNnHP[:, :, 0]
+
+    def step(state_BNHP, xs):
+        write_BNHP, keep_bN = xs
+        return keep_bN[..., None, None] * state_BNHP + write_BNHP, state_BNHP
+
+    n = write_BNnHP.shape[2]
+    keep_bNn = jnp.broadcast_to(jnp.exp(decay.total_bNn), (*decay.total_bNn.shape[:2], n))
+    xs = jnp.moveaxis(write_BNnHP, 2, 0), jnp.moveaxis(keep_bNn, 2, 0)
+    last_BNHP, before_nBNHP = jax.lax.scan(step, jnp.zeros_like(write_BNnHP[:, :, 0]), xs)
+    return jnp.moveaxis(before_nBNHP, 0, 2), last_BNHP
+
+
+def _outputs(q_BNnCH, k_BNnCH, v_BNnCP, before_BNnHP, decay, scale, dtype):
+    scores_BNnts = jnp.einsum("bNnth,bNnsh->bNnts", q_BNnCH, k_BNnCH, preferred_element_type=dtype)
+    scores_BNnts = (scale * scores_BNnts * jnp.exp(decay.pair_bNnts)).astype(v_BNnCP.dtype)
+    inside_BNnCP = jnp.einsum("bNnts,bNnsp->bNntp", scores_BNnts, v_BNnCP, preferred_element_type=dtype)
+    # The state stays in the accumulator's dtype: it is the long memory.
+    reading_BNnCH = q_BNnCH.astype(dtype) * (scale * jnp.exp(decay.from_start_bNnC))[..., None]
+    return inside_BNnCP + jnp.einsum("bNnth,bNnhp->bNntp", reading_BNnCH, before_BNnHP)

@@ -1,0 +1,96 @@
+"""Grouped matmul against a loop over rows: values, every gradient, empty groups and rows past the last group."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul
+from tests.numerics import assert_close, assert_trees_close
+
+
+def oracle(lhs, rhs, sizes, dout):
+    """One row at a time in float64: (out, d lhs, d rhs)."""
+    lhs, rhs, dout = (np.asarray(x, np.float64) for x in (lhs, rhs, dout))
+    out, dlhs, drhs = np.zeros((len(lhs), rhs.shape[2])), np.zeros_like(lhs), np.zeros_like(rhs)
+    for m, e in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        out[m], dlhs[m] = lhs[m] @ rhs[e], rhs[e] @ dout[m]
+        drhs[e] += np.outer(lhs[m], dout[m])
+    return out, dlhs, drhs
+
+
+def operands(key, M, K, N, E, dtype=jnp.float32):
+    shapes = (M, K), (E, K, N), (M, N)
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes))
+
+
+@pytest.mark.parametrize("sizes, M", [([1], 1), ([0, 5, 0, 9, 3], 20), ([0, 0], 7), ([300, 1, 63, 64, 65, 257], 800)])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_equals_oracle(implementation, sizes, M, key):
+    lhs, rhs, dout = operands(key, M, 5, 7, len(sizes))
+
+    @jax.jit
+    def run(lhs, rhs, group_sizes):
+        out, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, implementation=implementation), lhs, rhs)
+        return out, *vjp(dout)
+
+    got = run(lhs, rhs, jnp.array(sizes, jnp.int32))
+    assert_trees_close(got, oracle(lhs, rhs, sizes, dout), rel=1e-5)
+    used = sum(sizes)
+    assert (got[0][used:] == 0).all() and (got[1][used:] == 0).all()
+    assert all((got[2][e] == 0).all() for e, size in enumerate(sizes) if size == 0)
+
+
+def test_float64_and_bfloat16_and_ragged_dot(key, x64):
+    sizes = jnp.array([30, 0, 70], jnp.int32)
+    lhs, rhs, dout = operands(key, 110, 16, 8, 3, jnp.float64)
+    run = jax.jit(grouped_matmul)
+    assert_close("float64", run(lhs, rhs, sizes), oracle(lhs, rhs, [30, 0, 70], dout)[0], rel=1e-14)
+    low = run(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16), sizes)
+    assert low.dtype == jnp.bfloat16
+    assert_close("bfloat16", low.astype(jnp.float32), jax.lax.ragged_dot(lhs, rhs, sizes), rel=1e-2)
+
+
+def test_poison_past_the_last_group_stays_there(key):
+    """Rows that belong to no group may hold anything: no gradient and no value sees them."""
+    lhs, rhs, _ = operands(key, 100, 8, 8, 2)
+    lhs, sizes = lhs.at[70:].set(jnp.nan), jnp.array([40, 30], jnp.int32)
+    out, grads = jax.jit(jax.value_and_grad(lambda x, w: grouped_matmul(x, w, sizes)[:70].sum(), (0, 1)))(lhs, rhs)
+    assert jnp.isfinite(out) and all(jnp.isfinite(g).all() for g in grads)
+
+
+def test_int8_with_scale(key):
+    lhs, rhs, dout = operands(key, 90, 8, 6, 3)
+    sizes = jnp.array([20, 0, 60], jnp.int32)
+    values, scale = jnp.round(20 * rhs).astype(jnp.int8), 0.05 + jax.random.uniform(key, (3, 6))
+
+    def run(implementation, values):
+        f = lambda x, s: (grouped_matmul(x, values, sizes, rhs_scale_EN=s, implementation=implementation) * dout).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(f, (0, 1)))(lhs, scale)
+
+    assert_trees_close(run("xla", values), run("reference", values), rel=1e-5)
+    assert_trees_close(run("xla", values), run("xla", values.astype(jnp.float32)), rel=1e-6)
+
+
+def test_two_runs_are_bitwise_equal(key):
+    lhs, rhs, _ = operands(key, 500, 16, 16, 4)
+    f = jax.jit(jax.grad(lambda x, w: (grouped_matmul(x, w, jnp.array([100, 300, 0, 90])) ** 2).sum(), (0, 1)))
+    for one, two in zip(f(lhs, rhs), f(lhs, rhs)):
+        assert (np.asarray(one) == np.asarray(two)).all()
+
+
+X, W, G = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.zeros(2, jnp.int32)
+
+
+@pytest.mark.parametrize("args, kwargs, error, message", [
+    ((jnp.zeros((4, 2)), W, G), {}, ValueError, r"lhs_MK must have shape \(4, 3\) \(K of rhs_EKN\), got \(4, 2\)"),
+    ((X, W[0], G), {}, ValueError, r"rhs_EKN must have 3 axes \[E, K, N\]"),
+    ((X, W, jnp.zeros(3, jnp.int32)), {}, ValueError, r"group_sizes_E must have shape \(2,\)"),
+    ((X, W, jnp.zeros(2)), {}, TypeError, "group_sizes_E must be an integer array, got float32"),
+    ((X, W.astype(jnp.int8), G), {}, ValueError, r"rhs_EKN is int8 without rhs_scale_EN; give the scale of shape \(2, 5\)"),
+    ((X, W.astype(jnp.bfloat16), G), {}, TypeError, "rhs_EKN has dtype bfloat16 but lhs_MK has float32"),
+    ((X, W, G), dict(rhs_scale_EN=jnp.zeros(5)), ValueError, r"rhs_scale_EN must have shape \(2, 5\)"),
+    ((X, W, G), dict(implementation="pallas_gpu"), NotImplementedError, r"grouped_matmul\[pallas_gpu\]: .* Use implementation='xla'"),
+])
+def test_bad_input_is_refused(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        grouped_matmul(*args, **kwargs)
