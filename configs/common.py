@@ -73,8 +73,9 @@ def train():
             "accumulation": "auto",  # "scan" inside one program, "loop" over two programs; auto: loop when a step takes over 30 s
             "accumulate_dtype": "float32",
             "remat": "none",  # full, dots, dots_no_batch
-            "batch_ramp": (),  # ((from_step, batch_size), ...)
-            "length_stages": (),  # ((from_step, seq_len), ...)
+            "batch_ramp": (),  # ((from, batch_size), ...), the first from 0, the last with the full batch_size
+            "batch_ramp_unit": "steps",  # what `from` counts: "steps" or "tokens"
+            "length_stages": (),  # ((from_step, seq_len), ...), the last with the full seq_len
             "compiler_options": ConfigDict({}),
         }
     )

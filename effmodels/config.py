@@ -125,6 +125,11 @@ class ModelConfig:
         for field in ("vocab_size", "d_model", "num_layers"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"model.{field}: expected a positive integer, got {getattr(self, field)}.")
+        for field in ("pattern", "channel"):
+            if not getattr(self, field):
+                raise ConfigError(f"model.{field}: expected at least one name, got {getattr(self, field)!r}.")
+        if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
+            raise ConfigError(f"model.logits_soft_cap: expected a positive number or None, got {self.logits_soft_cap}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout: expected 0 <= dropout < 1, got {self.dropout}.")
         if len(self.prefix) + len(self.suffix) > self.num_layers:

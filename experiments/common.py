@@ -5,7 +5,10 @@ import re
 
 
 def set_up_jax():
-    """Quiet libraries, and the persistent compilation cache: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/effmodels/jax; an empty value turns it off."""
+    """Quiet libraries, and the persistent compilation cache.
+
+    The cache is in $JAX_COMPILATION_CACHE_DIR, else ~/.cache/effmodels/jax; an empty value turns it off.
+    """
     import jax
     from absl import flags, logging
 

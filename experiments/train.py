@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from experiments import common
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, with its argument: configs/moe_1b.py:small", lock_config=False)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, perhaps with an argument: configs/moe_1b.py:small")
 _WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, metrics and the config go (default: runs/<config>[-arg])")
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "evaluate the newest checkpoint and stop")
 

@@ -42,7 +42,7 @@ def count(op, name, value, least):
 def number(op, name, value, positive=False):
     """A static Python number (it is compiled into the kernel), optionally above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a Python number (it is static), got {type(value).__name__}; a NumPy or JAX scalar needs float(...).")
+        raise TypeError(f"{op}: {name} must be a Python number (it is static), got {type(value).__name__}; convert it with float(...).")
     if positive and not value > 0:
         raise ValueError(f"{op}: {name} must be above 0, got {value}; use None for none.")
 

@@ -27,7 +27,7 @@ def choose(op, implementation, interpret=None, refused=None):
     if name in refused:
         raise NotImplementedError(f"{op}[{name}]: {refused[name]}. Use implementation='xla', or None for the best supported one.")
     if interpret is not None and not name.startswith("pallas"):
-        raise ValueError(f"{op}[{name}]: interpret={interpret} was given, but only a Pallas kernel can be interpreted; leave interpret=None.")
+        raise ValueError(f"{op}[{name}]: interpret={interpret} given, but only a Pallas kernel can be interpreted; leave interpret=None.")
     if implementation is None and op not in _said:
         _said.add(op)
         reasons = "; ".join(f"{other}: {refused[other]}" for other in _PREFERENCE if other in refused)

@@ -24,6 +24,8 @@ class MLP(ChannelMixer):
     def check(cls, config, env):
         if config.activation not in ACTIVATIONS:
             raise ConfigError(f"mlp.activation: unknown {config.activation!r}.{nearest(config.activation, ACTIVATIONS)}")
+        if config.hidden is not None and config.hidden < 1:
+            raise ConfigError(f"mlp: expected hidden >= 1 or None, got {config.hidden}.")
 
     def __init__(self, config, env, *, rngs):
         self.config = config

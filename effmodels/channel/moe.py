@@ -50,11 +50,18 @@ class MoE(ChannelMixer):
             raise ConfigError(f"moe.balance: expected 'row' or 'batch', got {c.balance!r}.")
         if not 1 <= c.top_k <= c.num_experts:
             raise ConfigError(f"moe: top_k={c.top_k} must be between 1 and num_experts={c.num_experts}.")
-        if c.num_experts % c.groups or not 1 <= c.top_groups <= c.groups:
-            raise ConfigError(f"moe: groups={c.groups} must divide num_experts={c.num_experts}, and 1 <= top_groups={c.top_groups} <= groups.")
+        if c.groups < 1 or c.num_experts % c.groups or not 1 <= c.top_groups <= c.groups:
+            raise ConfigError(
+                f"moe: groups={c.groups} must divide num_experts={c.num_experts}, and top_groups={c.top_groups} must be in 1 .. groups."
+            )
         if c.top_k > c.top_groups * (c.num_experts // c.groups):
             eligible = c.top_groups * (c.num_experts // c.groups)
             raise ConfigError(f"moe: top_k={c.top_k} exceeds the {eligible} experts of top_groups={c.top_groups} of {c.groups} groups.")
+
+        if c.capacity_factor is not None and c.capacity_factor <= 0:
+            raise ConfigError(f"moe: expected capacity_factor > 0 or None (dropless), got {c.capacity_factor}.")
+        if c.shared_experts < 0 or (c.hidden is not None and c.hidden < 1):
+            raise ConfigError(f"moe: expected shared_experts >= 0 and hidden >= 1, got {c.shared_experts} and {c.hidden}.")
 
     def __init__(self, config, env, *, rngs):
         self.config, self.env = config, env

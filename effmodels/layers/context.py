@@ -1,4 +1,7 @@
-"""What travels with the activations through every layer: positions, order, documents, keys. Letters: B batch, T time, S source time, D model."""
+"""What travels with the activations through every layer: positions, order, documents, keys.
+
+Letters: B batch, T time, S source time, D model.
+"""
 import dataclasses
 import functools
 from typing import Any

@@ -10,7 +10,8 @@ from flax import nnx
 class ParamInfo:
     """What sharding rules and optimisers need to know of one array; nothing is ever inferred from its number of dims.
 
-    dim_names: logical name of every dim. in_dims: the dims that a matmul sums over (the fan-in); the rest, less batch_dims, are its outputs.
+    dim_names: logical name of every dim. in_dims: the dims that a matmul sums over (the fan-in); the rest, less
+    batch_dims, are its outputs.
     batch_dims: dims that hold independent matrices (`layers` of a scanned stack, `expert`).
     """
 

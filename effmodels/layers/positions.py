@@ -1,4 +1,7 @@
-"""Rotary positions, in float32: bfloat16 rounds 257 to 256, and a position multiplies an angle. Letters: B batch, T time, N heads, H head dim."""
+"""Rotary positions, in float32: bfloat16 rounds 257 to 256, and a position multiplies an angle.
+
+Letters: B batch, T time, N heads, H head dim.
+"""
 import jax.numpy as jnp
 import numpy as np
 

@@ -51,6 +51,8 @@ class Attention(TokenMixer):
     @classmethod
     def check(cls, config, env):
         n, k = config.num_heads, config.num_kv_heads
+        if n < 1 or (config.head_dim is not None and config.head_dim < 1):
+            raise ConfigError(f"attention: expected num_heads and head_dim of at least 1, got num_heads={n}, head_dim={config.head_dim}.")
         if config.head_dim is None and env.d_model % n:
             valid = [i for i in range(1, env.d_model + 1) if env.d_model % i == 0 and env.d_model // i >= 8]
             raise ConfigError(f"attention: d_model={env.d_model} is not divisible by num_heads={n}; valid: {valid}, or set head_dim.")
@@ -61,6 +63,8 @@ class Attention(TokenMixer):
             raise ConfigError(f"attention: expected 0 <= rotary_fraction <= 1, got {config.rotary_fraction}.")
         if config.window is not None and config.window < 0:
             raise ConfigError(f"attention: expected window >= 0 (keys before the query) or None, got {config.window}.")
+        if config.soft_cap is not None and config.soft_cap <= 0:
+            raise ConfigError(f"attention: expected soft_cap > 0 or None, got {config.soft_cap}.")
 
     def __init__(self, config, env, *, rngs):
         self.config, self.env = config, env

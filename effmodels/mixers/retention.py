@@ -50,6 +50,9 @@ class Retention(TokenMixer):
     @classmethod
     def check(cls, config, env):
         n = config.num_heads
+        for field in ("num_heads", "head_dim", "value_dim", "chunk"):
+            if getattr(config, field) is not None and getattr(config, field) < 1:
+                raise ConfigError(f"retention: expected {field} >= 1, got {field}={getattr(config, field)}.")
         if config.head_dim is None and env.d_model % n:
             valid = [i for i in range(1, env.d_model + 1) if env.d_model % i == 0 and env.d_model // i >= 8]
             raise ConfigError(f"retention: d_model={env.d_model} is not divisible by num_heads={n}; valid: {valid}, or set head_dim.")
@@ -132,15 +135,15 @@ class Retention(TokenMixer):
         D, N, (H, P) = env.d_model, config.num_heads, _dims(config, env)
         params = D * N * (2 * H + P * (3 if config.gate else 2))
         projections, chunk = 2 * params * seq_len, min(config.chunk or COST_CHUNK, seq_len)
-        # Chunkwise: pairs inside a chunk, then the state read and written once per token.
+        # Chunkwise: pairs inside a chunk; the state is read by all but the first chunk and written by all but the last.
         chunks, rest = divmod(seq_len, chunk)
         pairs = chunks * visible_pairs(chunk) + visible_pairs(rest)
         squares = -(-seq_len // chunk) * chunk**2
-        state = 4 * N * H * P * seq_len
+        state = 4 * N * H * P * (seq_len - chunk)
         return Cost(
             params=params,
             flops=projections + 2 * N * (H + P) * pairs + state,
-            dense_flops=projections + 2 * N * (H + P) * squares + state,
+            dense_flops=projections + 2 * N * (H + P) * squares + state + 2 * N * H * P * chunk,  # the first chunk reads zeros
             decode_flops=2 * params + 4 * N * H * P,
             state_bytes=max(4, dtype_bytes) * N * H * P,
         )
@@ -159,7 +162,7 @@ def log_decays(config):
     """log(gamma) of every head, float64 numpy [N]; raises ConfigError for an unknown schedule or values outside (0, 1]."""
     if isinstance(config.decay, str):
         if config.decay not in DECAYS:
-            raise ConfigError(f"retention.decay: unknown schedule {config.decay!r}; expected {sorted(DECAYS)} or {config.num_heads} numbers.")
+            raise ConfigError(f"retention.decay: unknown schedule {config.decay!r}; expected {sorted(DECAYS)} or a tuple of numbers.")
         gammas = DECAYS[config.decay](config.num_heads)
     else:
         gammas = np.asarray(config.decay, np.float64)

@@ -31,7 +31,9 @@ class Block(nnx.Module):
 
         self.mixer = kind.mixer.cls(kind.mixer.config, resolved.env, rngs=rngs)
         self.channel = kind.channel.cls(kind.channel.config, resolved.env, rngs=rngs)
-        self.norm_mixer, self.norm_channel = norm(), norm()
+        self.norm_mixer = norm()
+        if (config.norm_position, config.residual) != ("post", "parallel"):  # there one norm follows the sum of both
+            self.norm_channel = norm()
         if config.norm_position == "sandwich":
             self.norm_mixer_out, self.norm_channel_out = norm(), norm()
 

@@ -10,7 +10,7 @@ from effmodels.models.resolve import resolve
 class ModelCost:
     """Parameters (values), FLOPs per token (a multiply-add is two; matmuls only), bytes. Training counts three forward passes, no remat.
 
-    flops_* are at `seq_len`; the decode figures are of one token after seq_len others.
+    flops_* are at `seq_len`; decode_flops of one token after seq_len others; decode_state_bytes of one sequence of up to seq_len tokens.
     """
 
     seq_len: int
@@ -32,7 +32,8 @@ def cost(config, seq_len):
     state_dtype_bytes = jnp.dtype(c.compute_dtype).itemsize
     parts = [part.cls.cost(part.config, env, seq_len, state_dtype_bytes) for kind in resolved.layers for part in (kind.mixer, kind.channel)]
     norm_size = c.d_model * (2 if c.norm == "layernorm" else 1)
-    norms = norm_size * (1 + c.num_layers * (4 if c.norm_position == "sandwich" else 2))
+    per_layer = 1 if (c.norm_position, c.residual) == ("post", "parallel") else 4 if c.norm_position == "sandwich" else 2
+    norms = norm_size * (1 + c.num_layers * per_layer)
     table = c.vocab_size * c.d_model
     embedding = table * (1 if c.tie_embeddings else 2)
     head_flops = 2 * table
@@ -48,5 +49,5 @@ def cost(config, seq_len):
         dense_prefill_flops_per_token=sum(p.dense_flops for p in parts) / seq_len + head_flops,
         decode_flops_per_token=sum(p.decode_flops for p in parts) + head_flops,
         param_bytes=params * jnp.dtype(c.param_dtype).itemsize,
-        decode_state_bytes=sum(p.state_bytes for p in parts if p.state_bytes),
+        decode_state_bytes=sum(p.state_bytes for p in parts) + 4,  # the row's length, int32
     )

@@ -1,5 +1,6 @@
 """From names to parts: a ModelConfig becomes one LayerKind per layer, every field checked, before data or devices are touched."""
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from effmodels.channel.registry import get_channel
@@ -69,7 +70,10 @@ def _parts(definitions, pattern, extra_names, get_class, env, table, field):
     for name in (*pattern, *extra_names, *definitions):
         if name in parts:
             continue
-        fields = dict(definitions.get(name, {}))
+        fields = definitions.get(name, {})
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"model.{table}.{name}: expected a mapping of fields, got {fields!r}.")
+        fields = dict(fields)
         kind = fields.pop("kind", name)
         try:
             cls = get_class(kind)

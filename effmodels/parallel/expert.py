@@ -4,6 +4,7 @@ Letters: B batch, T time, D model, F ffn, E experts, k choices per token, M = ro
 """
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from effmodels.parallel import axes, ops
 
@@ -15,17 +16,21 @@ def expert_ffn(x_BTD, ids_BTk, weights_BTk, w_in, w_out_EFD, activation, *, impl
     (gated). activation(h, ...) takes as many arrays. Dropless: rows are sorted by expert and multiplied group by group (MegaBlocks,
     arXiv:2211.15841). Every shard sorts its own tokens; ffn columns may be split over the tensor axis, partial sums are added at the end.
     """
-    num_experts, mesh = w_out_EFD.shape[0], axes.current_mesh()
+    num_experts = w_out_EFD.shape[0]
     names = tuple(f"w{i}" for i in range(len(w_in)))
-    partial_axes = () if mesh is None else tuple(a for a in axes.as_tuple(axes.current_rules()["expert_mlp"]) if mesh.shape.get(a, 1) > 1)
+    partial_axes = ops.weight_axes("expert_mlp", "batch")
 
     def local(x, ids, weights, w_out, **inputs):
         y = _sorted_ffn(x, ids, weights, [inputs[n] for n in names], w_out, activation, num_experts, implementation)
         return jax.lax.psum(y, partial_axes) if partial_axes else y
 
     rows = ("batch", None, None)
-    arrays = {"x": (x_BTD, rows), "ids": (ids_BTk, rows), "weights": (weights_BTk, rows), "w_out": (w_out_EFD, (None, "expert_mlp", None))}
-    arrays |= {name: (w, (None, None, "expert_mlp")) for name, w in zip(names, w_in)}
+    if partial_axes:  # refuses a width that does not divide
+        axes.checked_spec(w_out_EFD.shape, (None, "expert_mlp", None), mesh=axes.current_mesh(), array="experts")
+    columns = partial_axes or None
+    arrays = {"x": (x_BTD, rows), "ids": (ids_BTk, rows), "weights": (weights_BTk, rows)}
+    arrays |= {"w_out": (w_out_EFD, PartitionSpec(None, columns, None))}
+    arrays |= {name: (w, PartitionSpec(None, None, columns)) for name, w in zip(names, w_in)}
     return ops.run_sharded(local, arrays, rows)
 
 

@@ -18,14 +18,18 @@ from effmodels.parallel import axes
 def run_sharded(f, arrays, out_dims):
     """f(**arrays) shard by shard; arrays = {name: (array or None, dim names)}, absent ones are left out.
 
-    out_dims: a pytree of tuples of dim names, one per output. The local arrays of f have the sizes of one shard.
+    out_dims: a pytree of tuples of dim names, one per output. The local arrays of f have the sizes of one shard. An array's dim names may
+    be a PartitionSpec instead.
     """
     arrays = {name: (a, dims) for name, (a, dims) in arrays.items() if a is not None}
     values = {name: a for name, (a, _) in arrays.items()}
     mesh = axes.current_mesh()
     if mesh is None:
         return f(**values)
-    in_specs = {name: axes.checked_spec(a.shape, dims, mesh=mesh, array=name) for name, (a, dims) in arrays.items()}
+    in_specs = {
+        name: dims if isinstance(dims, PartitionSpec) else axes.checked_spec(a.shape, dims, mesh=mesh, array=name)
+        for name, (a, dims) in arrays.items()
+    }
     out_specs = jax.tree.map(axes.spec, out_dims, is_leaf=_is_dims)
     return _manual(lambda v: f(**v), mesh, (in_specs,), out_specs)(values)
 
@@ -37,6 +41,22 @@ def _manual(f, mesh, in_specs, out_specs):
 
 def _is_dims(x):
     return isinstance(x, tuple) and all(d is None or isinstance(d, str) for d in x)
+
+
+def weight_axes(dim, *row_dims):
+    """The mesh axes that split a weight's dim inside an op over these rows; () without a mesh.
+
+    An axis that splits the rows too is left out, and the weight gathered over it: shards of different rows must not be summed.
+    """
+    mesh, rules = axes.current_mesh(), axes.current_rules()
+    if mesh is None:
+        return ()
+    taken = {a for row_dim in row_dims for a in axes.as_tuple(rules[row_dim])}
+    return tuple(a for a in axes.as_tuple(rules[dim]) if a not in taken and mesh.shape.get(a, 1) > 1)
+
+
+def _pieces(mesh_axes):
+    return math.prod(axes.current_mesh().shape[a] for a in mesh_axes)
 
 
 def _refuse_sharded_time(op):
@@ -96,9 +116,9 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, **options):
 
 def embedding(table_VD, tokens_BT):
     """The table's rows for each token, [B, T, D]; every vocabulary shard looks up its own rows and the shards add up."""
-    mesh = axes.current_mesh()
-    split = axes.as_tuple(axes.current_rules()["vocab"]) if mesh is not None and table_VD.shape[0] % axes.shards("vocab") == 0 else ()
-    split = tuple(a for a in split if mesh.shape.get(a, 1) > 1)
+    split = weight_axes("vocab", "batch", "seq")
+    if split and table_VD.shape[0] % _pieces(split):
+        split = ()
 
     def local(table, tokens):
         if not split:
@@ -107,7 +127,7 @@ def embedding(table_VD, tokens_BT):
         here = (own >= 0) & (own < table.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, own, 0)], 0), split)
 
-    arrays = {"table": (table_VD, ("vocab" if split else None, None)), "tokens": (tokens_BT, ("batch", "seq"))}
+    arrays = {"table": (table_VD, PartitionSpec(split or None, None)), "tokens": (tokens_BT, ("batch", "seq"))}
     return run_sharded(local, arrays, ("batch", "seq", None))
 
 
@@ -118,12 +138,11 @@ def linear_cross_entropy(x_BTD, w, labels_BT, *, w_layout, **options):
     """
     mesh = axes.current_mesh()
     vocab = w.shape[1] if w_layout == "DV" else w.shape[0]
-    rules = axes.current_rules()
-    vocab_axes = tuple(a for a in axes.as_tuple(rules["act_vocab"]) if mesh is not None and mesh.shape.get(a, 1) > 1)
-    pieces = axes.shards("act_vocab")
+    vocab_axes = weight_axes("act_vocab", "batch", "seq")
     flat = functools.partial(_flat_linear_cross_entropy, w_layout=w_layout, **options)
     if mesh is None:
         return flat(x_BTD, w, labels_BT)
+    pieces = _pieces(vocab_axes)
     split_vocab = pieces > 1 and vocab % pieces == 0
     rows = axes.spec(("batch", "seq"), mesh=mesh, array="tokens")
     if not split_vocab and pieces > 1 and x_BTD.shape[1] % (pieces * axes.shards("seq")) == 0:

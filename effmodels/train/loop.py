@@ -18,46 +18,54 @@ from effmodels.models import state as model_state
 from effmodels.train import budget
 from effmodels.train.metrics import Metrics, Throughput
 from effmodels.train.restore import RUN_FILE, TOKENIZER_FILE
-from effmodels.train.run_config import jsonable
+from effmodels.train.run_config import TENSORBOARD, jsonable
 from effmodels.train.setup import Setup
 from effmodels.train.step import nonfinite_leaves
+
+SAMPLE_BELOW_BYTES = 8e9  # larger models are sampled by experiments.generate, not on one device at the end of training
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number: the run stops and keeps its last good checkpoint."""
 
 
-def train(config, workdir, *, eval_only=False, log=print):
+def train(config, workdir, *, eval_only=False, devices=None, log=print):
     """Runs a config in a workdir, resuming what is there; returns {"step", "loss", "eval_loss", "bits_per_byte", ...}.
+
+    devices: default all; a notebook or test may give fewer.
 
     Raises ConfigError before data or devices are touched, NonFiniteError when the numbers break down.
     """
-    run = Run(config, epath.Path(workdir), log)
+    run = Run(config, epath.Path(workdir), log, devices)
     return run.evaluate_only() if eval_only else run.train()
 
 
 class Run:
     """One run in one workdir."""
 
-    def __init__(self, config, workdir, log):
-        from effmodels.train.checkpoint import Checkpointer  # imports Orbax, 1 s, while nothing else waits for it
-
+    def __init__(self, config, workdir, log, devices=None, start=True):
         self.started = time.perf_counter()
-        self.workdir = workdir
+        self.workdir, self.stopping = workdir, False
         self.log = log if jax.process_index() == 0 else (lambda *_: None)
-        self.setup = Setup(config, self.log)
+        self.setup = Setup(config, self.log, devices)
         self.config = self.setup.config
         self._claim_workdir(config)
         self._print_plan()
+        if start:
+            self.start()
+
+    def start(self):
+        """Compiles, prepares the data, opens the checkpoints; says what memory the run will take."""
+        from effmodels.train.checkpoint import Checkpointer  # imports Orbax, 1 s, while nothing else waits for it
+
         self.setup.start()
         if jax.process_index() == 0:
             tokenizer = self.setup.data(self.config.seq_len).tokenizer
-            (workdir / TOKENIZER_FILE).write_text(json.dumps(tokenizer.to_dict()))
+            (self.workdir / TOKENIZER_FILE).write_text(json.dumps(tokenizer.to_dict()))
         mode = self._save_mode()
         self.log(self.setup.memory_budget(self.setup.ramp.seq_len_at(0), mode == "async").text())
         c = self.config.checkpoint
-        self.checkpoints = Checkpointer(workdir / "checkpoints", keep=c.keep, keep_best=c.keep_best, mode=mode, log=self.log)
-        self.stopping = False
+        self.checkpoints = Checkpointer(self.workdir / "checkpoints", keep=c.keep, keep_best=c.keep_best, mode=mode, log=self.log)
 
     def train(self):
         """Steps until config.steps, a signal, or numbers that break down."""
@@ -66,6 +74,7 @@ class Run:
         try:
             with self.setup.context():
                 state, result = self._steps(state, start)
+            result = self._finish(state, result)  # outside the mesh: a sample of one row cannot be split
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
@@ -83,8 +92,8 @@ class Run:
         return result
 
     def _steps(self, state, start):
-        setup, c = self.setup, self.config
-        records = Metrics(self.workdir, tensorboard=c.log.tensorboard, total_steps=c.steps, resume_step=start, log=self.log)
+        c = self.config
+        records = Metrics(self.workdir, tensorboard=TENSORBOARD[c.log.tensorboard], total_steps=c.steps, resume_step=start, log=self.log)
         rate = Throughput()
         pending, result, saved = None, {}, start
         self._announce_step()
@@ -117,7 +126,7 @@ class Run:
             self._save(state, int(state.step), result)
         self.checkpoints.wait()
         records.close()
-        return state, self._finish(state, result, records)
+        return state, result
 
     def _one_step(self, state, step, iterator):
         """(state, metrics) of one step, or None when a signal came between micro-batches."""
@@ -142,36 +151,37 @@ class Run:
             loss = float(sums.ce_sum) / max(float(sums.weight_sum), 1e-9)
             tokens = (micro + 1) * self.setup.micro_batch * self.setup.ramp.seq_len_at(step)
             eta = budget.duration(seconds / (micro + 1) * (count - micro - 1))
-            self.log(f"  step {step} micro-batch {micro + 1}/{count}: loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s, step done in {eta}")
+            rate = f"{tokens / seconds:,.0f} tokens/s"
+            self.log(f"  step {step} micro-batch {micro + 1}/{count}: loss {loss:.4f}, {rate}, step done in {eta}")
 
     def _read(self, pending, records, rate):
         """Waits for a step's numbers, checks and records them; returns None."""
         if pending is None:
             return None
         step, metrics = pending
-        values = {k: np.asarray(v) for k, v in metrics.items() if k != "leaf_norms"}
+        values = {k: np.asarray(v) for k, v in metrics.items() if k != "squares"}
         setup, c = self.setup, self.config
         sequences, seq_len = setup.ramp.batch_size_at(step), setup.ramp.seq_len_at(step)
         rate.add(tokens=sequences * seq_len)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._stop_non_finite(step, values, metrics["leaf_norms"])
+            self._stop_non_finite(step, values, metrics["squares"])
         first = step == self.first_step
         if first:
             self.log(f"first step finished {time.perf_counter() - self.started:.1f} s after launch")
         if first or (step + 1) % c.log.every_steps == 0 or step + 1 == c.steps:
             record = {k: v.tolist() for k, v in values.items()}
             record |= {"tokens": setup.ramp.consumed(step + 1).tokens, "sequences": sequences, "seq_len": seq_len}
-            record |= rate.report(setup.cost.train_flops_per_token, setup.peak, jax.device_count(), c.steps - step - 1, sequences * seq_len)
+            record |= rate.report(setup.cost.train_flops_per_token, setup.peak, len(setup.devices), c.steps - step - 1, sequences * seq_len)
             records.write(step + 1, record)
         return None
 
-    def _stop_non_finite(self, step, values, leaf_norms):
-        names = nonfinite_leaves({p: np.asarray(v) for p, v in leaf_norms.items()}, self.setup.names)
+    def _stop_non_finite(self, step, values, squares):
+        names = nonfinite_leaves({p: np.asarray(v) for p, v in squares.items()}, self.setup.names)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         saved = self.checkpoints.latest()
         raise NonFiniteError(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}. Gradients that are not finite: {shown or 'none'}. "
-            f"Nothing was saved after it; {'the last good checkpoint is step ' + str(saved) if saved is not None else 'there is no checkpoint'}. "
+            f"Nothing was saved after it; last good checkpoint: {'none' if saved is None else f'step {saved}'}. "
             "Lower optim.lr, raise optim.warmup_steps or set optim.clip, then run the same command."
         )
 
@@ -187,7 +197,8 @@ class Run:
         result = {"step": step, "eval_loss": ce / max(weight, 1.0), "bits_per_byte": ce / math.log(2) / max(size, 1.0)}
         if not math.isfinite(result["eval_loss"]):
             raise NonFiniteError(f"step {step}: the evaluation loss is {result['eval_loss']}; nothing was saved after it.")
-        self.log(f"evaluation at step {step}: loss {result['eval_loss']:.4f}, {result['bits_per_byte']:.3f} bits per byte ({weight:,.0f} tokens)")
+        bits = f"{result['bits_per_byte']:.3f} bits per byte"
+        self.log(f"evaluation at step {step}: loss {result['eval_loss']:.4f}, {bits} ({weight:,.0f} tokens)")
         if records is not None:
             records.write(step, {k: v for k, v in result.items() if k != "step"}, console=False)
         return result
@@ -248,7 +259,7 @@ class Run:
         setup, c = self.setup, self.config
         used = {a: n for a, n in setup.sizes.items() if n > 1} or "one device"
         self.log(
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {used}; jax {jax.__version__}\n"
+            f"{len(setup.devices)} x {setup.devices[0].device_kind}, mesh {used}; jax {jax.__version__}\n"
             f"model: {setup.cost.params:,} parameters, {setup.cost.active_params:,} active, "
             f"{setup.cost.train_flops_per_token / 1e6:,.1f} MFLOP per token to train\n{setup.optimizer_text}\n"
             f"step: {c.batch_size} sequences of {c.seq_len} = {c.batch_size * c.seq_len:,} tokens in "
@@ -279,7 +290,7 @@ class Run:
             jax.profiler.stop_trace()
             self.log(f"profile of steps {steps[0]} to {steps[1]} in {self.workdir / 'profile'}")
 
-    def _finish(self, state, result, records):
+    def _finish(self, state, result):
         c, step = self.config, int(state.step)
         if self.stopping:
             self.log(f"stopped by a signal at step {step}; the same command resumes")
@@ -292,17 +303,19 @@ class Run:
                 f"gzip -9 {base['gzip_bits_per_byte']:.3f}"
             )
             result |= base
-        if c.eval.sample_tokens and jax.process_count() == 1:
+        if c.eval.sample_tokens and jax.process_count() == 1 and self.setup.cost.param_bytes < SAMPLE_BELOW_BYTES:
             self.log(f"sample:\n{self._sample(state, prepared.tokenizer)}")
         self.log(
-            f"done: step {step}. checkpoints {self.workdir / 'checkpoints'}, metrics {self.workdir / 'metrics.jsonl'}, config "
-            f"{self.workdir / RUN_FILE}\ngenerate: python -m experiments.generate --workdir={self.workdir} --prompt={c.eval.sample_prompt!r}"
+            f"done: step {step}. checkpoints {self.workdir / 'checkpoints'}, metrics {self.workdir / 'metrics.jsonl'}, "
+            f"config {self.workdir / RUN_FILE}\n"
+            f"generate: python -m experiments.generate --workdir={self.workdir} --prompt={c.eval.sample_prompt!r}"
         )
         return {**result, "step": step, "stopped": False}
 
     def _sample(self, state, tokenizer):
         c = self.config.eval
-        model = model_state.merge(model_state.split(self.setup.model)[0], state.params, state.buffers)
+        params, buffers = jax.device_put((state.params, state.buffers), self.setup.devices[0])
+        model = model_state.merge(model_state.split(self.setup.model)[0], params, buffers)
         prompt = np.asarray(tokenizer.encode(c.sample_prompt), np.int32)[None]
         tokens = decode.generate(
             model, prompt, c.sample_tokens, temperature=0.7, top_k=40, key=jax.random.key(self.config.seed), eos_id=tokenizer.eos_id

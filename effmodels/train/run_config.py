@@ -17,6 +17,7 @@ class TrainConfig:
     accumulate_dtype: str = "float32"
     remat: str = "none"
     batch_ramp: tuple = ()
+    batch_ramp_unit: str = "steps"
     length_stages: tuple = ()
     compiler_options: FrozenDict = FrozenDict()
 
@@ -47,7 +48,7 @@ class LogConfig:
     """What is printed and written."""
 
     every_steps: int = 10
-    tensorboard: str | bool = "auto"
+    tensorboard: str = "auto"
     profile_steps: tuple = ()
 
 
@@ -102,6 +103,8 @@ class RunConfig:
         train, choices = self.train, ("auto", "scan", "loop")
         if train.accumulation not in choices:
             raise ConfigError(f"config.train.accumulation: unknown {train.accumulation!r}.{nearest(train.accumulation, choices)}")
+        if self.log.tensorboard not in TENSORBOARD:
+            raise ConfigError(f"config.log.tensorboard: unknown {self.log.tensorboard!r}.{nearest(self.log.tensorboard, TENSORBOARD)}")
         if self.checkpoint.mode not in ("auto", "sync", "async"):
             raise ConfigError(f"config.checkpoint.mode: expected auto, sync or async, got {self.checkpoint.mode!r}.")
         micro = train.micro_batch_size
@@ -132,6 +135,7 @@ class RunConfig:
         return jsonable(values)
 
 
+TENSORBOARD = {"auto": "auto", "on": True, "off": False}
 # How layers are run, not what they compute: free to change on resume.
 _FREE_MODEL_FIELDS = ("scan_layers", "remat", "implementation", "compute_dtype")
 

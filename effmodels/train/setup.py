@@ -9,7 +9,6 @@ import functools
 import time
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +32,7 @@ LOOP_ABOVE_SECONDS = 30.0
 MICRO_TOKENS = {"cpu": 8192, "tpu": 16_384, "gpu": 16_384}
 LARGE_MODEL = 2e8  # parameters above which a CPU takes MICRO_TOKENS_LARGE at a time
 MICRO_TOKENS_LARGE = 2048
+SEQUENTIAL_ABOVE = 2**26  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,13 @@ class Programs:
 class Setup:
     """A checked run: `start` compiles and prepares the data; nothing is allocated on a device before."""
 
-    def __init__(self, config, log):
-        self.log, self.platform = log, jax.default_backend()
+    def __init__(self, config, log, devices=None):
+        self.log, self.devices = log, list(jax.devices() if devices is None else devices)
+        self.platform = self.devices[0].platform
         self.config = c = RunConfig.from_mapping(config, self.platform)
-        self.sizes = c.mesh_sizes(jax.device_count())
+        self.sizes = c.mesh_sizes(len(self.devices))
         self.rules = axes.make_rules(c.rules)
-        self.mesh = meshes.make_mesh(self.sizes)
+        self.mesh = meshes.make_mesh(self.sizes, self.devices)
         self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
         _, self.abstract_params, self.abstract_buffers = model_state.split(self.model)
         self.infos, self.names = model_state.info(self.model), model_state.manifest(self.model)
@@ -62,19 +63,24 @@ class Setup:
         self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
         self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
         self.ramp = schedules.BatchRamp(
-            c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths
+            c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths,
+            unit=c.train.batch_ramp_unit,
         )  # fmt: skip
         shapes = {p: a.shape for p, a in self.abstract_params.items()}
         param_infos = {p: self.infos[p] for p in shapes}
         width = None if c.model.mup_base_width is None else c.model.d_model / c.model.mup_base_width
         self.schedule = schedules.make_schedule(c.optim, c.steps)
-        self.optimizer = optim.make_optimizer(c.optim, param_infos, shapes, c.steps, mup_width_multiplier=width)
+        # XLA:CPU keeps every elementwise temporary of a large array; one layer at a time it keeps few.
+        sequential = SEQUENTIAL_ABOVE if self.platform == "cpu" else None
+        self.optimizer = optim.make_optimizer(
+            c.optim, param_infos, shapes, c.steps, mup_width_multiplier=width, sequential_above=sequential
+        )  # fmt: skip
         self.optimizer_text = optim.describe(c.optim, param_infos, shapes, mup_width_multiplier=width)[0]
         self.abstract_state = jax.eval_shape(self._init, jax.random.key(0, impl="threefry2x32"))
         self.shardings = self._state_shardings(param_infos, shapes)
-        self.peak = metrics.peak_flops(jax.devices()[0].device_kind)
+        self.peak = metrics.peak_flops(self.devices[0].device_kind)
         self.accumulation = self._choose_accumulation()
-        self.functions = step.make_step(self.model, self.optimizer, self.schedule, c.seed, c.train.accumulate_dtype)
+        self.functions = step.make_step(self.model, self.optimizer, self.schedule, c.seed, c.train.accumulate_dtype, sequential)
         self.compiled, self.prepared = {}, {}
 
     def start(self):
@@ -161,14 +167,14 @@ class Setup:
         sizes = [b for _, b in c.train.batch_ramp] or [c.batch_size]
         fitting = [n for n in range(rows, most + 1, rows) if all(b % n == 0 for b in sizes)]
         if not fitting:
-            raise ConfigError(f"config: batch sizes {sizes} cannot be split over the {rows} devices of the mesh's data, fsdp and expert axes.")
+            raise ConfigError(f"config: batch sizes {sizes} do not divide by the {rows} devices of the mesh's data, fsdp and expert axes.")
         return fitting[-1]
 
     def _choose_accumulation(self):
         c = self.config
         wanted = c.train.accumulation
         if c.train.batch_ramp and wanted == "scan":
-            raise ConfigError("config.train: a batch_ramp changes the number of micro-batches, which accumulation='scan' fixes; use 'loop'.")
+            raise ConfigError("config.train: a batch_ramp varies the number of micro-batches, 'scan' fixes it; use accumulation='loop'.")
         if wanted != "auto":
             return wanted
         if c.train.batch_ramp:
@@ -204,8 +210,7 @@ class Setup:
         number = jax.ShapeDtypeStruct((), jnp.int32)
 
         def program(fn, *args, out=None, donate=()):
-            # One trace per program: a second one would mean that shapes or statics change from step to step.
-            return jax.jit(chex.assert_max_traces(fn, 1), donate_argnums=donate, out_shardings=out).lower(*args).compile(compiler_options=options)
+            return jax.jit(fn, donate_argnums=donate, out_shardings=out).lower(*args).compile(compiler_options=options)
 
         eval_step = program(f.eval_step, state.params, state.buffers, batch)
         if self.accumulation == "scan":
@@ -219,7 +224,7 @@ class Setup:
         zero = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums), out_shardings=sums_sh)
         return Programs(
             micro_step=program(f.micro_step, state.params, state.buffers, sums, batch, number, number, out=sums_sh, donate=(2,)),
-            apply_step=program(f.apply_step, state, sums, number, out=(sh, None), donate=(0, 1)),
+            apply_step=program(f.apply_step, state, sums, number, out=(sh, None), donate=(0,)),
             zero_sums=zero.lower().compile(),
             eval_step=eval_step,
         )

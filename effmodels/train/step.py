@@ -35,9 +35,10 @@ class StepFunctions(NamedTuple):
     eval_step: Any  # (params, buffers, batch_BT) -> (ce_sum, weight_sum)
 
 
-def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32"):
+def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32", sequential_above=None):
     """The `StepFunctions` of a (possibly abstract) model and an optax transformation; schedule only reports the learning rate.
 
+    sequential_above: as of `make_optimizer`; arrays of more bytes are reduced layer by layer, which saves their size in temporaries.
     Random keys (dropout) are folded from seed, step and micro-batch, threefry, so that a resumed run draws the same masks.
     """
     graphdef = model_state.split(model)[0]
@@ -66,12 +67,11 @@ def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32"):
 
     def apply_step(state, sums, micro_batches):
         scale = 1.0 / jnp.maximum(sums.weight_sum, 1e-9)
-        grads = {p: g.astype(jnp.float32) * scale for p, g in sums.grads.items()}
-        norms = {p: _squares(g, per_layer=infos[p].dim_names[0] == "layers") for p, g in grads.items()}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(sums.grads, state.opt_state, state.params, grad_scale=scale)
+        squares = {p: _squares(g, infos[p].dim_names[0] == "layers", sequential_above) for p, g in sums.grads.items()}
         params = optax.apply_updates(state.params, updates)
         buffers = model.update_buffers(state.buffers, sums.load_LE)
-        metrics = _metrics(sums, scale, norms, schedule(state.step), micro_batches)
+        metrics = _metrics(sums, scale, opt_state["grad_norm"], squares, schedule(state.step), micro_batches)
         return TrainState(step=state.step + 1, params=params, buffers=buffers, opt_state=opt_state), metrics
 
     def train_step(state, batch_MBT):
@@ -100,29 +100,36 @@ def init_state(build_model, optimizer, key):
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, buffers=buffers, opt_state=optimizer.init(params))
 
 
-def nonfinite_leaves(leaf_norms, names):
-    """Canonical names whose gradient is not finite. leaf_norms: path -> sum of squares, a scalar or [R]; names: the model's manifest."""
+def nonfinite_leaves(squares, names):
+    """Canonical names whose gradient is not finite. squares: path -> sum of squares, a scalar or [R]; names: the model's manifest."""
     bad = []
     for name, (path, index) in names.items():
-        if path in leaf_norms:
-            norm = leaf_norms[path] if index is None else leaf_norms[path][index]
-            if not np.isfinite(norm):
+        if path in squares:
+            value = squares[path] if index is None else squares[path][index]
+            if not np.isfinite(value):
                 bad.append(name)
     return bad
 
 
-def _squares(grad, per_layer):
+def _squares(grad, per_layer, sequential_above):
     """The sum of squares of a leaf: one number, or one per layer of a stack."""
-    return jnp.sum(jnp.square(grad), axis=tuple(range(1, grad.ndim)) if per_layer else None)
+
+    def total(x):
+        return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+    if not per_layer:
+        return total(grad)
+    large = sequential_above is not None and grad.size * 4 > sequential_above
+    return jax.lax.map(total, grad) if large else jax.vmap(total)(grad)
 
 
-def _metrics(sums, scale, norms, lr, micro_batches):
+def _metrics(sums, scale, grad_norm, squares, lr, micro_batches):
     metrics = {
         "loss": sums.ce_sum * scale,
         "target_tokens": sums.weight_sum,
-        "grad_norm": jnp.sqrt(sum(jnp.sum(n) for n in norms.values())),
+        "grad_norm": grad_norm,
         "lr": jnp.asarray(lr, jnp.float32),
-        "leaf_norms": norms,
+        "squares": squares,
     }
     metrics |= {name: value * scale for name, value in sums.losses.items()}
     if sums.load_LE is not None:

@@ -2,6 +2,8 @@
 
 B batch, T query, S key, N heads, K kv heads (K divides N), H head dim, P value dim.
 """
+import jax.numpy as jnp
+
 from pallas_kernels import checks, dispatch
 from pallas_kernels.flash_attention import reference, xla
 from pallas_kernels.flash_attention.mask import Index, Spec
@@ -17,8 +19,8 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
 
     A key is visible iff `kv_segment == segment != 0`, its position is not -1 (an empty slot), and
     causal: 0 <= q_pos - kv_pos <= local_window_size; not causal: |q_pos - kv_pos| <= local_window_size (the lower bound of the
-    causal form falls away, and the window is symmetric as in `jax.nn.dot_product_attention`). A window of w is w keys beside the query's own.
-    A row that sees no key gives exact zeros, a residual of -inf (with sinks too) and no gradient.
+    causal form falls away, and the window is symmetric as in `jax.nn.dot_product_attention`). A window of w is w keys before the
+    query plus itself. A row that sees no key gives exact zeros, a residual of -inf (with sinks too) and no gradient.
 
     Args:
       query_BTNH, key_BSKH, value_BSKP: K divides N; P may differ from H. Accumulation is float32 (float64 for float64 inputs).
@@ -44,9 +46,11 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
     (1, 4, 2)
     """
     _check_arrays(query_BTNH, key_BSKH, value_BSKP, sinks)
+    sinks = None if sinks is None else jnp.asarray(sinks)
     spec = _spec(query_BTNH.shape[-1], is_causal, local_window_size, global_tokens, logits_soft_cap, scale)
     index = _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions)
     name = dispatch.choose(_OP, implementation, interpret)
+    query_BTNH, key_BSKH, value_BSKP = (jnp.asarray(x) for x in (query_BTNH, key_BSKH, value_BSKP))
     out_BTNP, lse_BTN = _ATTEND[name](query_BTNH, key_BSKH, value_BSKP, index, sinks, spec)
     return (out_BTNP, lse_BTN) if return_residual else out_BTNP
 
@@ -70,7 +74,7 @@ def _check_arrays(query_BTNH, key_BSKH, value_BSKP, sinks):
 
 def _spec(H, is_causal, window, global_tokens, soft_cap, scale):
     if isinstance(window, (tuple, list)):
-        raise TypeError(f"{_OP}: local_window_size={window!r} must be one integer or None; a causal window of (w, 0) is local_window_size=w.")
+        raise TypeError(f"{_OP}: local_window_size={window!r} must be one integer or None; (w, 0) with is_causal is local_window_size=w.")
     if window is not None:
         checks.count(_OP, "local_window_size", window, 0)
     checks.count(_OP, "global_tokens", global_tokens, 0)
@@ -78,7 +82,8 @@ def _spec(H, is_causal, window, global_tokens, soft_cap, scale):
         checks.number(_OP, "logits_soft_cap", soft_cap, positive=True)
     if scale is not None:
         checks.number(_OP, "scale", scale)
-    return Spec(bool(is_causal), None if window is None else int(window), int(global_tokens), soft_cap, H**-0.5 if scale is None else float(scale))
+    scale = H**-0.5 if scale is None else float(scale)
+    return Spec(bool(is_causal), None if window is None else int(window), int(global_tokens), soft_cap, scale)
 
 
 def _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions):
@@ -95,5 +100,5 @@ def _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_posi
             for what, array, length in ((name, x, T), (f"kv_{name}", y, S)):
                 checks.shape(_OP, what, array, (B, length), "batch and length of the queries or keys")
                 checks.integer(_OP, what, array)
-        pairs += [x, y]
+        pairs += [None if array is None else jnp.asarray(array) for array in (x, y)]
     return Index(*pairs)

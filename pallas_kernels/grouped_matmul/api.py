@@ -46,4 +46,5 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
     if rhs_scale_EN is not None:
         checks.shape(_OP, "rhs_scale_EN", rhs_scale_EN, (E, N), "E and N of rhs_EKN")
         checks.floating(_OP, "rhs_scale_EN", rhs_scale_EN)
-    return _MULTIPLY[dispatch.choose(_OP, implementation, interpret)](lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN)
+    operands = (None if x is None else jnp.asarray(x) for x in (lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN))
+    return _MULTIPLY[dispatch.choose(_OP, implementation, interpret)](*operands)

@@ -13,6 +13,7 @@ def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
     ends_E = jnp.cumsum(group_sizes_E)
     row_M1 = jnp.arange(lhs_MK.shape[0])[:, None]
     mine_ME = (row_M1 >= ends_E - group_sizes_E) & (row_M1 < ends_E)
+    lhs_MK = jnp.where(mine_ME.any(1, keepdims=True), lhs_MK, 0)  # a row of no group may hold nan, which 0 * nan would spread
     w_EKN = rhs_EKN.astype(dtype)
     if rhs_scale_EN is not None:
         w_EKN = w_EKN * rhs_scale_EN.astype(dtype)[:, None, :]

@@ -29,7 +29,7 @@ def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
 @jax.custom_vjp
 def _grouped(lhs_MK, rhs_EKN, group_sizes_E):
     """lhs rows times their rhs, in the accumulator's dtype."""
-    return _per_platform(_rows_cpu, _rows_ragged_dot)(lhs_MK, rhs_EKN, group_sizes_E)
+    return _rows(lhs_MK, rhs_EKN, group_sizes_E)
 
 
 def _grouped_fwd(lhs_MK, rhs_EKN, group_sizes_E):
@@ -39,27 +39,43 @@ def _grouped_fwd(lhs_MK, rhs_EKN, group_sizes_E):
 def _grouped_bwd(residuals, dout_MN):
     lhs_MK, rhs_EKN, group_sizes_E = residuals
     dout_MN = dout_MN.astype(lhs_MK.dtype)
-    dlhs_MK = _per_platform(_rows_cpu, _rows_ragged_dot)(dout_MN, rhs_EKN.swapaxes(1, 2), group_sizes_E).astype(lhs_MK.dtype)
+    dlhs_MK = _rows(dout_MN, rhs_EKN.swapaxes(1, 2), group_sizes_E).astype(lhs_MK.dtype)
     if not jnp.issubdtype(rhs_EKN.dtype, jnp.floating):
         return dlhs_MK, np.zeros(rhs_EKN.shape, jax.dtypes.float0), None
-    drhs_EKN = _per_platform(_matrices_cpu, _matrices_ragged_dot)(lhs_MK, dout_MN, group_sizes_E)
+    drhs_EKN = _matrices(lhs_MK, dout_MN, group_sizes_E)
     return dlhs_MK, drhs_EKN.astype(rhs_EKN.dtype), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
-def _per_platform(on_cpu, elsewhere):
-    """Chosen when the program is lowered for its platform, so that compiling for a TPU on a CPU machine gets the TPU's form."""
-    return functools.partial(jax.lax.platform_dependent, cpu=on_cpu, default=elsewhere)
+# The form is chosen when the program is lowered for its platform, so that compiling for a TPU on a CPU machine gets the TPU's form.
+# Under vmap one problem follows the other: a batched `ragged_dot` has no transpose, a batched loop would run every trip on a copy.
+
+
+@jax.custom_batching.sequential_vmap
+def _rows(lhs_MK, rhs_EKN, group_sizes_E):
+    return jax.lax.platform_dependent(lhs_MK, rhs_EKN, group_sizes_E, cpu=_rows_cpu, default=_rows_ragged_dot)
+
+
+@jax.custom_batching.sequential_vmap
+def _matrices(lhs_MK, dout_MN, group_sizes_E):
+    return jax.lax.platform_dependent(lhs_MK, dout_MN, group_sizes_E, cpu=_matrices_cpu, default=_matrices_ragged_dot)
+
+
+def _used_rows(x_MK, group_sizes_E):
+    """Zeroes the rows of no group, which may hold anything."""
+    return jnp.where((jnp.arange(x_MK.shape[0]) < group_sizes_E.sum())[:, None], x_MK, 0)
 
 
 def _rows_ragged_dot(lhs_MK, rhs_EKN, group_sizes_E):
+    lhs_MK = _used_rows(lhs_MK, group_sizes_E)
     return jax.lax.ragged_dot(lhs_MK, rhs_EKN.astype(lhs_MK.dtype), group_sizes_E, preferred_element_type=accumulator(lhs_MK.dtype))
 
 
 def _matrices_ragged_dot(lhs_MK, dout_MN, group_sizes_E):
     zeros_EKN = jnp.zeros((group_sizes_E.shape[0], lhs_MK.shape[1], dout_MN.shape[1]), lhs_MK.dtype)
+    dout_MN = _used_rows(dout_MN, group_sizes_E)
     _, transpose = jax.vjp(lambda rhs_EKN: _rows_ragged_dot(lhs_MK, rhs_EKN, group_sizes_E), zeros_EKN)
     return transpose(dout_MN.astype(accumulator(lhs_MK.dtype)))[0].astype(accumulator(lhs_MK.dtype))
 

@@ -2,6 +2,8 @@
 
 T tokens, D model, V vocab.
 """
+import jax.numpy as jnp
+
 from pallas_kernels import checks, dispatch
 from pallas_kernels.linear_cross_entropy import reference, xla
 
@@ -50,6 +52,7 @@ def linear_cross_entropy(x_TD, w, labels_T, *, w_layout="DV", weights_T=None, z_
     checks.number(_OP, "z_loss", z_loss)
     if logits_soft_cap is not None:
         checks.number(_OP, "logits_soft_cap", logits_soft_cap, positive=True)
+    x_TD, w, labels_T = (jnp.asarray(x) for x in (x_TD, w, labels_T))
     name = dispatch.choose(_OP, implementation, interpret)
     if name == "reference" and w_layout == "VD":
         w = w.T

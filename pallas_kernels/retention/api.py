@@ -2,6 +2,8 @@
 
 B batch, T time, N heads, H head dim, P value dim.
 """
+import jax.numpy as jnp
+
 from pallas_kernels import checks, dispatch
 from pallas_kernels.retention import reference, xla
 
@@ -38,6 +40,8 @@ def retention(query_BTNH, key_BTNH, value_BTNP, log_decay, *, initial_state=None
     [1.0, 1.5, 1.75]
     """
     _check(query_BTNH, key_BTNH, value_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)
+    query_BTNH, key_BTNH, value_BTNP, log_decay = (jnp.asarray(x) for x in (query_BTNH, key_BTNH, value_BTNP, log_decay))
+    initial_state, segment_ids = (None if x is None else jnp.asarray(x) for x in (initial_state, segment_ids))
     retain = _RETAIN[dispatch.choose(_OP, implementation, interpret)]
     scale = query_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
     out_BTNP, state, summary = retain(query_BTNH, key_BTNH, value_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)

@@ -38,7 +38,7 @@ def test_imports():
     root = pathlib.Path(pallas_kernels.__file__).parent
     for path in root.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            for name in filter(None, modules):
                 top = name.split(".")[0]
                 assert top in {"jax", "numpy", "pallas_kernels"} or top in sys.stdlib_module_names, f"{path} imports {name}"

@@ -10,9 +10,13 @@ from pallas_kernels.flash_attention.mask import Index, Spec
 from tests.numerics import assert_close
 
 
-def arrays(key, B, T, S, N, K, H, P, dtype=jnp.float32):
-    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, P)
-    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes))
+def normal(seed, shape, dtype=np.float32):
+    """Draws by numpy: jax would compile a generator for every shape."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def arrays(B, T, S, N, K, H, P, dtype=np.float32):
+    return tuple(normal(i, s, dtype) for i, s in enumerate(((B, T, N, H), (B, S, K, H), (B, S, K, P))))
 
 
 def sees(b, t, s, T, S, causal, window, first, segments, positions):
@@ -33,7 +37,8 @@ def oracle(q, k, v, sinks=None, *, causal=True, window=None, first=0, segments=N
     """exp(score) over its sum, as the equation reads: (out, logsumexp)."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    see = np.array([[[sees(b, t, s, T, S, causal, window, first, segments, positions) for s in range(S)] for t in range(T)] for b in range(B)])
+    rule = (T, S, causal, window, first, segments, positions)
+    see = np.array([[[sees(b, t, s, *rule) for s in range(S)] for t in range(T)] for b in range(B)])
     outs, lses = [], []
     for n in range(N):
         scores = jnp.einsum("bth,bsh->bts", q[:, :, n], k[:, :, n * K // N]) / np.sqrt(H)
@@ -45,13 +50,12 @@ def oracle(q, k, v, sinks=None, *, causal=True, window=None, first=0, segments=N
     return jnp.stack(outs, 2), jnp.stack(lses, 2)
 
 
-def value_and_grads(f, args, keys):
+def value_and_grads(f, args):
     """(out, lse with 0 for -inf, gradients of random projections of both)."""
     def scalar(*args):
         out, lse = f(*args)
         lse = jnp.where(jnp.isinf(lse), 0.0, lse)
-        a, b = (jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, (out, lse)))
-        return (a * out).sum() + (b * lse).sum(), (out, lse)
+        return (normal(8, out.shape, out.dtype) * out).sum() + (normal(9, lse.shape, lse.dtype) * lse).sum(), (out, lse)
 
     (_, values), grads = jax.value_and_grad(scalar, tuple(range(len(args))), has_aux=True)(*args)
     return (*values, *grads)
@@ -67,12 +71,11 @@ ORDER = np.array([[4, 0, 10, 2, 8, 6, 1, 3, 5, 7, 9]])
     dict(causal=False, window=2, cap=1.5),
     dict(positions=(ORDER, np.where(ORDER == 3, -1, ORDER)), segments=(PACKED, PACKED), window=4, first=1),
 ])
-def test_reference_equals_oracle(case, key, x64):
-    keys = jax.random.split(key, 4)
-    args = arrays(keys[0], 1, 11, 11, 2, 1, 4, 3, jnp.float64)
+def test_reference_equals_oracle(case, x64):
+    args = arrays(1, 11, 11, 2, 1, 4, 3, np.float64)
     case = dict(case)
     if case.pop("sinks", False):
-        args += (jax.random.normal(keys[1], (2,), jnp.float64),)
+        args += (normal(3, (2,), np.float64),)
     kwargs = dict(is_causal=case.get("causal", True), local_window_size=case.get("window"), global_tokens=case.get("first", 0),
                   logits_soft_cap=case.get("cap"), return_residual=True, implementation="reference")
     for name in ("segments", "positions"):
@@ -80,7 +83,7 @@ def test_reference_equals_oracle(case, key, x64):
             short = {"segments": "segment_ids", "positions": "positions"}[name]
             kwargs |= {short: jnp.asarray(case[name][0]), f"kv_{short}": jnp.asarray(case[name][1])}
     op = lambda q, k, v, *s: flash_attention(q, k, v, sinks=s[0] if s else None, **kwargs)  # noqa: E731
-    got, want = jax.jit(lambda *a: [value_and_grads(f, a, keys[2:]) for f in (op, lambda *a: oracle(*a, **case))])(*args)
+    got, want = jax.jit(lambda *a: [value_and_grads(f, a) for f in (op, lambda *a: oracle(*a, **case))])(*args)
     for name, g, w in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want):
         assert_close(name, g, w, rel=1e-12)
 
@@ -107,19 +110,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("more")) for n in CASES])
-def test_xla_equals_reference(name, key, monkeypatch):
+def test_xla_equals_reference(name, monkeypatch):
     T, S, N, K, H, P, options, scanned = CASES[name]
     if scanned:  # small blocks, so that there are many
         for constant, value in (("UNROLL_TILES", 0), ("FORWARD_BLOCK", 64), ("BACKWARD_BLOCK", 32)):
             monkeypatch.setattr(xla, constant, value)
-    keys = jax.random.split(key, 5)
-    args, options = arrays(keys[0], 2, T, S, N, K, H, P), dict(options)
+    args, options = arrays(2, T, S, N, K, H, P), dict(options)
     if options.pop("sinks", False):
-        args += (jax.random.normal(keys[1], (N,)),)
+        args += (normal(3, (N,)),)
     if options.pop("segments", False):
         options["segment_ids"] = packed(2, T)
     if options.pop("permuted", False):
-        shuffle = jax.random.permutation(keys[2], T)
+        shuffle = np.random.default_rng(4).permutation(T)
         options["segment_ids"] = options["segment_ids"][:, shuffle]
         options["positions"] = jnp.broadcast_to(shuffle, (2, T))
         options["kv_positions"] = options["positions"].at[:, ::7].set(-1)
@@ -127,18 +129,18 @@ def test_xla_equals_reference(name, key, monkeypatch):
     def run(implementation):
         f = lambda q, k, v, *s: flash_attention(q, k, v, sinks=s[0] if s else None, return_residual=True,  # noqa: E731
                                                 implementation=implementation, **options)
-        return jax.jit(lambda *args: value_and_grads(f, args, keys[3:]))(*args)
+        return jax.jit(lambda *args: value_and_grads(f, args))(*args)
 
     for what, got, want in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), run("xla"), run("reference")):
         assert_close(what, got, want, rel=1e-5, floor=1e-6)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_rows_that_see_nothing_are_exact_zeros(key, monkeypatch, scanned):
+def test_rows_that_see_nothing_are_exact_zeros(monkeypatch, scanned):
     if scanned:
         for constant, value in (("UNROLL_TILES", 0), ("FORWARD_BLOCK", 32), ("BACKWARD_BLOCK", 32)):
             monkeypatch.setattr(xla, constant, value)
-    args = arrays(key, 1, 70, 70, 2, 2, 8, 8)
+    args = arrays(1, 70, 70, 2, 2, 8, 8)
     segment_ids = jnp.where(jnp.arange(70) < 40, 1, 0)[None]
     for implementation in ("reference", "xla"):
         f = jax.jit(lambda q, k, v, i=implementation: flash_attention(q, k, v, segment_ids=segment_ids, sinks=jnp.ones(2),
@@ -150,17 +152,17 @@ def test_rows_that_see_nothing_are_exact_zeros(key, monkeypatch, scanned):
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_window_edge_is_exact(key, window):
+def test_window_edge_is_exact(window):
     """d out[t] / d v[s] is nonzero exactly for t - window <= s <= t."""
     T = 12
-    q, k, v = arrays(key, 1, T, T, 1, 1, 4, 1)
+    q, k, v = arrays(1, T, T, 1, 1, 4, 1)
     jacobian = jax.jit(jax.jacrev(lambda v: flash_attention(q, k, v, local_window_size=window)[0, :, 0, 0]))(v)[:, 0, :, 0, 0]
     gap = np.arange(T)[:, None] - np.arange(T)
     np.testing.assert_array_equal(np.asarray(jacobian != 0), (gap >= 0) & (gap <= window))
 
 
-def test_packed_equals_alone(key):
-    q, k, v = arrays(key, 1, 150, 150, 2, 1, 8, 8)
+def test_packed_equals_alone():
+    q, k, v = arrays(1, 150, 150, 2, 1, 8, 8)
     segment_ids = jnp.where(jnp.arange(150) < 60, 1, 2)[None]
     f = jax.jit(lambda q, k, v, **kwargs: flash_attention(q, k, v, local_window_size=20, global_tokens=2, **kwargs))
     together = f(q, k, v, segment_ids=segment_ids)
@@ -168,18 +170,18 @@ def test_packed_equals_alone(key):
         assert_close("out", together[:, part], f(q[:, part], k[:, part], v[:, part]), rel=1e-6)
 
 
-def test_one_query_against_a_ring_of_slots(key):
+def test_one_query_against_a_ring_of_slots():
     """Decoding: slots in any order, some empty, equal the keys in order."""
-    q, k, v = arrays(key, 2, 1, 20, 2, 1, 8, 8)
-    slots = jax.random.permutation(key, 20)
+    q, k, v = arrays(2, 1, 20, 2, 1, 8, 8)
+    slots = np.random.default_rng(4).permutation(20)
     kv_positions = jnp.where(slots < 14, slots, -1)
     f = jax.jit(flash_attention, static_argnames="is_causal")
     got = f(q, k[:, slots], v[:, slots], positions=jnp.full((2, 1), 13), kv_positions=jnp.broadcast_to(kv_positions, (2, 20)))
     assert_close("out", got, f(q, k[:, :14], v[:, :14], is_causal=False), rel=1e-6)
 
 
-def test_matches_jax_nn_and_keeps_bfloat16(key):
-    q, k, v = arrays(key, 2, 63, 63, 4, 2, 16, 16)
+def test_matches_jax_nn_and_keeps_bfloat16():
+    q, k, v = arrays(2, 63, 63, 4, 2, 16, 16)
     theirs = jax.jit(jax.nn.dot_product_attention, static_argnames=("is_causal", "local_window_size"))
     ours = jax.jit(flash_attention, static_argnames=("is_causal", "local_window_size"))
     want = theirs(q, k, v, is_causal=True, local_window_size=(9, 0))
@@ -191,8 +193,8 @@ def test_matches_jax_nn_and_keeps_bfloat16(key):
     assert_close("bfloat16", low.astype(jnp.float32), want, rel=1e-2)
 
 
-def test_two_runs_are_bitwise_equal(key):
-    args = arrays(key, 2, 200, 200, 2, 1, 8, 8)
+def test_two_runs_are_bitwise_equal():
+    args = arrays(2, 200, 200, 2, 1, 8, 8)
     f = jax.jit(jax.value_and_grad(lambda *a: (flash_attention(*a, segment_ids=packed(2, 200)) ** 2).sum(), (0, 1, 2)))
     for one, two in zip(*(jax.tree.leaves(f(*args)) for _ in range(2))):
         assert (np.asarray(one) == np.asarray(two)).all()
@@ -204,7 +206,7 @@ def temporaries(T, **kwargs):
     return jax.jit(f).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_linear(key):
+def test_memory_is_linear():
     """Temporaries beyond a constant per tile are a few copies of the operands: no factor T more."""
     small, large = temporaries(4096), temporaries(16384)
     assert large - small < 16 * (16384 - 4096) * 16 * 4, (small, large)
@@ -241,7 +243,7 @@ NO_INDEX = Index()
     (dict(key_BSKH=jnp.zeros((1, 5, 2, 8)), value_BSKP=jnp.zeros((1, 5, 2, 8)), segment_ids=jnp.ones((1, 4), int)), ValueError,
      "segment_ids was given for T=4 queries but there are S=5 keys; give kv_segment_ids"),
     (dict(implementation="cudnn"), ValueError, "implementation='cudnn' is unknown; expected None or one of reference, xla"),
-    (dict(implementation="pallas_tpu"), NotImplementedError, r"flash_attention\[pallas_tpu\]: no Pallas TPU kernel .* Use implementation='xla'"),
+    (dict(implementation="pallas_tpu"), NotImplementedError, r"flash_attention\[pallas_tpu\]: no Pallas TPU .* Use implementation='xla'"),
     (dict(implementation="pallas_gpu"), NotImplementedError, r"flash_attention\[pallas_gpu\]: .* Use implementation='xla'"),
     (dict(interpret=True), ValueError, "only a Pallas kernel can be interpreted"),
 ])

@@ -11,11 +11,14 @@ from tests.numerics import assert_close, assert_trees_close
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 0, 0, 1, 2, 2, 2, 2, 1], [1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 0, 0]])
 
 
-def inputs(key, B, T, N, H, P, per_token, dtype=jnp.float32, strength=0.3):
-    keys = jax.random.split(key, 5)
-    q, k, v = (jax.random.normal(r, (B, T, N, d), dtype) for r, d in zip(keys, (H, H, P)))
-    log_decay = -strength * jnp.abs(jax.random.normal(keys[3], (B, T, N) if per_token else (N,), dtype))
-    return q, k, v, log_decay, jax.random.normal(keys[4], (B, N, H, P), dtype)
+def normal(seed, shape, dtype=np.float32):
+    """Draws by numpy: jax would compile a generator for every shape."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def inputs(B, T, N, H, P, per_token, dtype=np.float32, strength=0.3):
+    q, k, v, state = (normal(i, s, dtype) for i, s in enumerate(((B, T, N, H), (B, T, N, H), (B, T, N, P), (B, N, H, P))))
+    return q, k, v, -strength * np.abs(normal(4, (B, T, N) if per_token else (N,), dtype)), state
 
 
 def oracle(q, k, v, log_decay, state, segments=None, scale=1.0):
@@ -39,32 +42,31 @@ def oracle(q, k, v, log_decay, state, segments=None, scale=1.0):
     return out, state
 
 
-def everything(implementation, args, key, **kwargs):
-    """Values and the gradients of a random projection of all of them, in one compilation."""
+def everything(implementation, args, **kwargs):
+    """Values and the gradients of a random projection of all of them."""
     def scalar(*args):
         q, k, v, log_decay, state = args
         out = retention(q, k, v, log_decay, initial_state=state, output_final_state=True, return_summary=True,
                         implementation=implementation, **kwargs)
         leaves = [jnp.where(jnp.isinf(x), 0.0, x) for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
-        keys = jax.random.split(key, len(leaves))
-        return sum((jax.random.normal(r, x.shape, x.dtype) * x).sum() for r, x in zip(keys, leaves)), out
+        return sum((normal(i, x.shape, x.dtype) * x).sum() for i, x in enumerate(leaves)), out
 
-    (_, values), grads = jax.jit(jax.value_and_grad(scalar, range(5), has_aux=True))(*args)
+    (_, values), grads = jax.value_and_grad(scalar, range(5), has_aux=True)(*args)
     return values, dict(zip(("dq", "dk", "dv", "dlog_decay", "dinitial_state"), grads))
 
 
 @pytest.mark.parametrize("per_token, segments", [(False, None), (True, SEGMENTS)])
-def test_reference_equals_oracle(per_token, segments, key, x64):
-    args = inputs(key, 2, 13, 2, 3, 5, per_token, jnp.float64)
+def test_reference_equals_oracle(per_token, segments, x64):
+    args = inputs(2, 13, 2, 3, 5, per_token, np.float64)
     ids = None if segments is None else jnp.asarray(segments)
     run = jax.jit(lambda q, k, v, g, s: retention(q, k, v, g, initial_state=s, output_final_state=True, segment_ids=ids, scale=0.7,
                                                   implementation="reference"))
     assert_trees_close(run(*args), oracle(*args, segments, 0.7), rel=1e-13)
     # Gradients of the recurrence by central differences of the oracle along one random direction.
-    weights = jax.tree.map(lambda x: np.asarray(jax.random.normal(key, x.shape, x.dtype)), run(*args))
-    steps = [np.asarray(jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)) for i, x in enumerate(args)]
+    weights = [normal(10, x.shape, x.dtype) for x in (args[2], args[4])]
+    steps = [normal(20 + i, x.shape, x.dtype) for i, x in enumerate(args)]
     value = lambda args: sum((w * x).sum() for w, x in zip(weights, oracle(*args, segments, 0.7)))  # noqa: E731
-    moved = [value([np.asarray(x) + e * s for x, s in zip(args, steps)]) for e in (1e-5, -1e-5)]
+    moved = [value([x + e * s for x, s in zip(args, steps)]) for e in (1e-5, -1e-5)]
     grads = jax.jit(jax.grad(lambda args: sum((w * x).sum() for w, x in zip(weights, run(*args)))))(args)
     assert_close("directional", sum((g * s).sum() for g, s in zip(grads, steps)), (moved[0] - moved[1]) / 2e-5, rel=1e-7)
 
@@ -75,22 +77,28 @@ def test_reference_equals_oracle(per_token, segments, key, x64):
     pytest.param(63, 1, True, False, marks=pytest.mark.slow), pytest.param(13, 13, True, True, marks=pytest.mark.slow),
     pytest.param(13, 3, False, True, marks=pytest.mark.slow),
 ])
-def test_chunkwise_equals_recurrent(T, chunk, per_token, packed, key, x64):
+def test_chunkwise_equals_recurrent(T, chunk, per_token, packed, x64):
     ids = jnp.asarray(SEGMENTS) if packed else None
-    for dtype, rel in ((jnp.float64, 1e-12), (jnp.float32, 1e-5)):
-        args = inputs(key, 2, T, 2, 8, 6, per_token, dtype)
-        got, got_grads = everything("xla", args, key, segment_ids=ids, chunk_size=chunk)
-        want, want_grads = everything("reference", args, key, segment_ids=ids)
+    double = inputs(2, T, 2, 8, 6, per_token, np.float64)
+    single = tuple(x.astype(np.float32) for x in double)
+
+    @jax.jit
+    def run(double, single):
+        got = [everything("xla", args, segment_ids=ids, chunk_size=chunk) for args in (double, single)]
+        return everything("reference", double, segment_ids=ids), *got
+
+    (want, want_grads), *both = run(double, single)
+    for (got, got_grads), dtype, rel in zip(both, (jnp.float64, jnp.float32), (1e-12, 1e-5)):
         assert got[0].dtype == dtype and got[1].dtype == dtype
-        both_infinite = jnp.isinf(want[2].log_decay_BN)
-        np.testing.assert_array_equal(jnp.isinf(got[2].log_decay_BN), both_infinite)
-        got, want = ((o, s, z._replace(log_decay_BN=jnp.where(both_infinite, 0.0, z.log_decay_BN))) for o, s, z in (got, want))
-        assert_trees_close(got, want, rel, floor=1e-6)
+        resets = jnp.isinf(want[2].log_decay_BN)
+        np.testing.assert_array_equal(jnp.isinf(got[2].log_decay_BN), resets)
+        finite = [(o, s, z._replace(log_decay_BN=jnp.where(resets, 0.0, z.log_decay_BN))) for o, s, z in (got, want)]
+        assert_trees_close(*finite, rel, floor=1e-6)
         assert_trees_close(got_grads, want_grads, rel, floor=1e-6)
 
 
-def test_packed_equals_alone_and_padding_is_nothing(key):
-    q, k, v, g, state = inputs(key, 1, 40, 2, 8, 8, True)
+def test_packed_equals_alone_and_padding_is_nothing():
+    q, k, v, g, state = inputs(1, 40, 2, 8, 8, True)
     segment_ids = jnp.array([[1] * 15 + [2] * 20 + [0] * 5])
     run = jax.jit(lambda q, k, v, g, **kw: retention(q, k, v, g, chunk_size=8, output_final_state=True, **kw))
     out, final = run(q, k, v, g, initial_state=state, segment_ids=segment_ids)
@@ -104,16 +112,16 @@ def test_packed_equals_alone_and_padding_is_nothing(key):
     assert (out == 0).all() and (final == state).all()
 
 
-def test_two_pieces_equal_one(key, x64):
+def test_two_pieces_equal_one(x64):
     """Once by carrying the state, once by combining summaries, cut inside a segment, at its edge and inside padding."""
-    args = inputs(key, 2, 13, 2, 4, 4, True, jnp.float64)
+    args = inputs(2, 13, 2, 4, 4, True, np.float64)
     q, k, v, g, state = args
     ids = jnp.asarray(SEGMENTS)
     run = jax.jit(lambda q, k, v, g, s, ids: retention(q, k, v, g, initial_state=s, segment_ids=ids, chunk_size=4,
                                                        output_final_state=True, return_summary=True))
     _, final, whole = run(q, k, v, g, state, ids)
     first = Summary(state, jnp.zeros((2, 2)), whole.first_segment_B, whole.first_segment_B)
-    for cut in (1, 4, 6, 8):
+    for cut in (1, 6, 8):
         _, _, left = run(q[:, :cut], k[:, :cut], v[:, :cut], g[:, :cut], state, ids[:, :cut])
         _, _, right = run(q[:, cut:], k[:, cut:], v[:, cut:], g[:, cut:], state, ids[:, cut:])
         joined = combine(left, right)
@@ -123,18 +131,19 @@ def test_two_pieces_equal_one(key, x64):
         for grouping in (combine(combine(first, left), right), combine(first, joined)):  # associative
             assert_close("final", grouping.state_BNHP, final, rel=1e-12)
     cut = 4
-    out, final = retention(q, k, v, g[0, 0], initial_state=state, output_final_state=True)
-    left, middle = retention(q[:, :cut], k[:, :cut], v[:, :cut], g[0, 0], initial_state=state, output_final_state=True)
-    right, last = retention(q[:, cut:], k[:, cut:], v[:, cut:], g[0, 0], initial_state=middle, output_final_state=True)
+    run = jax.jit(lambda q, k, v, s: retention(q, k, v, g[0, 0], initial_state=s, output_final_state=True))
+    out, final = run(q, k, v, state)
+    left, middle = run(q[:, :cut], k[:, :cut], v[:, :cut], state)
+    right, last = run(q[:, cut:], k[:, cut:], v[:, cut:], middle)
     assert_close("out", jnp.concatenate([left, right], 1), out, rel=1e-12)
     assert_close("state", last, final, rel=1e-12)
 
 
 @pytest.mark.parametrize("decay", [-30.0, -1e30, -jnp.inf, 0.0, "mixed"])
-def test_extreme_decays(decay, key):
+def test_extreme_decays(decay):
     """No overflow and no lost digits: neighbours of strongly decaying tokens keep float32 accuracy. -inf is a reset."""
-    q, k, v, g, state = inputs(key, 1, 70, 2, 4, 4, True)
-    g = jnp.where(jax.random.bernoulli(key, 0.5, g.shape), -60.0, -0.01) if decay == "mixed" else jnp.full_like(g, decay)
+    q, k, v, g, state = inputs(1, 70, 2, 4, 4, True)
+    g = np.where(normal(5, g.shape) > 0, -60.0, -0.01).astype(np.float32) if decay == "mixed" else np.full_like(g, decay)
     run = jax.jit(lambda *a: retention(*a[:4], initial_state=a[4], output_final_state=True, scale=1.0, chunk_size=32))
     assert_trees_close(run(q, k, v, g, state), oracle(q, k, v, g, state), rel=1e-5 if decay == 0.0 else 2e-6)
     grads = jax.jit(jax.grad(lambda a: sum((x**2).sum() for x in run(*a))))((q, k, v, g, state))
@@ -143,8 +152,8 @@ def test_extreme_decays(decay, key):
         assert_trees_close(run(q, k, v, jnp.full((2,), decay), state), oracle(q, k, v, g, state), rel=1e-5)
 
 
-def test_bfloat16_and_long_and_repeatable(key):
-    args = inputs(key, 1, 1000, 2, 16, 16, False, strength=0.01)
+def test_bfloat16_and_long_and_repeatable():
+    args = inputs(1, 1000, 2, 16, 16, False, strength=0.01)
     run = jax.jit(lambda q, k, v, g, s: retention(q, k, v, g, initial_state=s, output_final_state=True))
     want = run(*args)
     for one, two in zip(want, run(*args)):
@@ -155,8 +164,8 @@ def test_bfloat16_and_long_and_repeatable(key):
     assert_close("state", state, want[1], rel=1e-2)
 
 
-def test_causality_is_exact(key):
-    q, k, v, g, _ = inputs(key, 1, 12, 1, 3, 1, True)
+def test_causality_is_exact():
+    q, k, v, g, _ = inputs(1, 12, 1, 3, 1, True)
     jacobian = jax.jit(jax.jacrev(lambda v: retention(q, k, v, g, chunk_size=5)[0, :, 0, 0]))(v)[:, 0, :, 0, 0]
     np.testing.assert_array_equal(np.asarray(jacobian != 0), np.tril(np.ones((12, 12), bool)))
 
