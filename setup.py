@@ -35,7 +35,7 @@ setup(
     packages=find_packages(include=["effmodels*", "pallas_kernels*", "experiments*", "configs*"]),
     install_requires=BASE,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13", "gcsfs>=2024"],  # gcsfs: a gs:// workdir
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         # The TPU compiler on a machine without a TPU; each jax names the libtpu that it was released with.
         "plan": ["jax[tpu]>=0.10.2,<0.13"],

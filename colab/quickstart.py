@@ -76,7 +76,7 @@ def check_and_complete():
         if requirement.name in KEPT:
             raise RuntimeError(
                 f"This runtime has {requirement.name} {here or 'missing'}, effmodels needs {requirement}. The notebook never replaces it: "
-                "choose a newer runtime version (Runtime > Change runtime type > Runtime version)."
+                "choose a runtime version that fits (Runtime > Change runtime type > Runtime version)."
             )
         missing.append(str(requirement))
     if missing:
@@ -89,6 +89,7 @@ if importlib.util.find_spec("effmodels") is None:
     if not REPOSITORY:
         raise RuntimeError("effmodels is not installed: set REPOSITORY in the first cell to the git address of effmodels.")
     install("--no-deps", f"git+{REPOSITORY}")
+if IN_COLAB and version("effmodels"):
     check_and_complete()
 
 # %% [markdown]
@@ -117,7 +118,7 @@ except RuntimeError as error:
 if found != f"runs on a {wanted.upper()}":
     raise RuntimeError(
         f"ACCELERATOR = {ACCELERATOR!r} means a {wanted.upper()} here, but jax {jax.__version__} {found}. In Colab: Runtime > Change "
-        f"runtime type > {wanted.upper()}, then run all cells again. Elsewhere: install jax for a {wanted.upper()}, as README says. "
+        f"runtime type > {wanted.upper()}, then run all cells again. Elsewhere: pip install -e '.[tpu]' or '.[cuda]'. "
         "To go on without it, set ACCELERATOR = 'cpu' in the first cell and restart."
     )
 print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {sys.version.split()[0]}")

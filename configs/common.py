@@ -2,6 +2,11 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+DIMS = (
+    "batch", "seq", "res_seq", "kv_seq", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_expert", "tokens",
+    "embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm",
+)  # fmt: skip
+
 
 def base():
     """A run's config with every section; `model` is left to the config file."""
@@ -10,12 +15,13 @@ def base():
     c.steps = 1000
     c.batch_size = 32  # sequences per optimiser step, over all devices and processes
     c.seq_len = 512
-    c.model = ConfigDict()  # the fields of effmodels.config.ModelConfig
+    c.model = model()
     c.expect = ConfigDict({"params": placeholder(float), "active_params": placeholder(float)})  # checked within 1 % by the tests
     c.data = data()
     c.optim = optim()
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
-    c.rules = ConfigDict({}, allow_dotted_keys=True)  # changes to effmodels.parallel.axes.DEFAULT_RULES: dim = axis, tuple of axes or None
+    # Which mesh axes split a dim: "default" (effmodels.parallel.axes.DEFAULT_RULES), "none", or axes such as "data,fsdp".
+    c.rules = ConfigDict({dim: "default" for dim in DIMS})
     c.train = train()
     c.checkpoint = ConfigDict(
         {
@@ -27,6 +33,39 @@ def base():
     )
     c.eval = ConfigDict({"every_steps": 500, "batches": 16, "at_end": True, "sample_prompt": "def ", "sample_tokens": 200})
     c.log = ConfigDict({"every_steps": 10, "tensorboard": "auto", "profile_steps": ()})  # profile_steps = (first, last)
+    return c
+
+
+def model(**fields):
+    """The fields of effmodels.config.ModelConfig with their defaults, so that each can be set on the command line, and those given."""
+    defaults = {
+        "vocab_size": 512,
+        "d_model": 128,
+        "num_layers": 2,
+        "pattern": ("attention",),  # names of token mixers; layer i is pattern[i % len]
+        "channel": ("mlp",),  # likewise of channel mixers
+        "prefix": (),  # (mixer, channel) pairs that replace the first layers
+        "suffix": (),  # and the last
+        "mixers": ConfigDict({}),  # name = {"kind": registry name (default: the name), **fields of its Config}
+        "channels": ConfigDict({}),
+        "norm": "rmsnorm",
+        "norm_eps": 1e-6,
+        "norm_position": "pre",
+        "residual": "serial",
+        "tie_embeddings": False,
+        "embed_scale": 1.0,
+        "logits_soft_cap": placeholder(float),
+        "z_loss": 0.0,
+        "dropout": 0.0,
+        "mup_base_width": placeholder(int),
+        "param_dtype": "float32",
+        "compute_dtype": "float32",  # or "auto": bfloat16 on accelerators, float32 on a CPU
+        "scan_layers": True,
+        "remat": "none",
+        "implementation": placeholder(str),
+    }
+    c = ConfigDict(defaults)
+    c.update(fields)
     return c
 
 

@@ -9,20 +9,20 @@ from configs import common
 def get_config(arg=None):
     c = common.base()
     c.steps, c.batch_size, c.seq_len = 20_000, 256, 2048
-    c.model = {
-        "vocab_size": 32_768,
-        "d_model": 1024,
-        "num_layers": 16,
-        "pattern": ("retention", "retention", "retention", "attention"),
-        "channel": ("moe",),
-        "mixers": {
+    c.model = common.model(
+        vocab_size=32_768,
+        d_model=1024,
+        num_layers=16,
+        pattern=("retention", "retention", "retention", "attention"),
+        channel=("moe",),
+        mixers={
             "retention": {"num_heads": 8, "head_dim": 128, "value_dim": 256},
             "attention": {"num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "qk_norm": True},
         },
-        "channels": {"moe": {"num_experts": 16, "top_k": 2, "hidden": 1024, "shared_experts": 1, "bias_update_rate": 1e-3}},
-        "tie_embeddings": True,
-        "compute_dtype": "auto",  # bfloat16 on accelerators, float32 on a CPU, which multiplies bfloat16 more slowly
-    }
+        channels={"moe": {"num_experts": 16, "top_k": 2, "hidden": 1024, "shared_experts": 1, "bias_update_rate": 1e-3}},
+        tie_embeddings=True,
+        compute_dtype="auto",  # bfloat16 on accelerators, float32 on a CPU, which multiplies bfloat16 more slowly
+    )
     c.expect.params, c.expect.active_params = 1.0006e9, 0.296e9
     c.data.tokenizer = "bpe:32768"
     # Adafactor: its moments are a few MB, so that float32 parameters, gradients and accumulator fit in 20 GB of host memory.

@@ -10,16 +10,17 @@ from configs import common
 def get_config(arg=None):
     c = common.base()
     c.steps, c.batch_size, c.seq_len = 300, 16, 256
-    c.model = {
-        "vocab_size": 512,  # bytes and a few specials, room to spare
-        "d_model": 128,
-        "num_layers": 4,
-        "pattern": ("retention", "attention"),
-        "channel": ("mlp", "mlp", "mlp", "moe"),
-        "mixers": {"retention": {"num_heads": 4, "head_dim": 32, "value_dim": 48}, "attention": {"num_heads": 4, "window": 128}},
-        "channels": {"mlp": {"hidden": 384}, "moe": {"num_experts": 4, "top_k": 1, "hidden": 384, "bias_update_rate": 1e-3}},
-        "tie_embeddings": True,
-    }
+    c.model = common.model(
+        vocab_size=512,  # bytes and a few specials, room to spare
+        d_model=128,
+        num_layers=4,
+        pattern=("retention", "attention"),
+        channel=("mlp", "mlp", "mlp", "moe"),
+        mixers={"retention": {"num_heads": 4, "head_dim": 32, "value_dim": 48}, "attention": {"num_heads": 4, "window": 128}},
+        channels={"mlp": {"hidden": 384}, "moe": {"num_experts": 4, "top_k": 1, "hidden": 384, "bias_update_rate": 1e-3}},
+        tie_embeddings=True,
+        embed_scale=128**0.5,
+    )
     c.expect.params, c.expect.active_params = 1.443e6, 1.001e6
     c.optim.lr, c.optim.warmup_steps = 3e-3, 30
     c.checkpoint.every_steps = c.eval.every_steps = 150

@@ -8,15 +8,15 @@ from configs import common
 def get_config(arg=None):
     c = common.base()
     c.steps, c.batch_size, c.seq_len = 200, 4, 512
-    c.model = {
-        "vocab_size": 8192,
-        "d_model": 256,
-        "num_layers": 4,
-        "pattern": ("attention",),
-        "channel": ("mlp",),
-        "mixers": {"attention": {"num_heads": 4}},
-        "channels": {"mlp": {"hidden": 1024, "activation": "swiglu"}},
-    }
+    c.model = common.model(
+        vocab_size=8192,
+        d_model=256,
+        num_layers=4,
+        pattern=("attention",),
+        channel=("mlp",),
+        mixers={"attention": {"num_heads": 4}},
+        channels={"mlp": {"hidden": 1024, "activation": "swiglu"}},
+    )
     c.expect.params = 8_390_912.0
     c.data.tokenizer = "bpe:8192"
     if arg == "small":

@@ -104,6 +104,7 @@ class ModelConfig:
     norm_position: str = "pre"
     residual: str = "serial"
     tie_embeddings: bool = False
+    embed_scale: float = 1.0  # multiplies the embedding on the way in; sqrt(d_model) gives a residual stream of size one
     logits_soft_cap: float | None = None
     z_loss: float = 0.0
     dropout: float = 0.0

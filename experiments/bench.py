@@ -11,12 +11,10 @@ import statistics
 import sys
 import time
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from experiments import common
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=False)
 _STEPS = flags.DEFINE_integer("steps", 30, "measured steps", lower_bound=3)
 _JSON = flags.DEFINE_string("json", "", "also write the result here")
 
@@ -26,7 +24,7 @@ def main(argv):
         sys.exit(f"error: expected one benchmark, 'train', got {argv[1:]}")
     common.set_up_jax()
     try:
-        result = bench_train(_CONFIG.value, _STEPS.value)
+        result = bench_train(common.CONFIG.value, _STEPS.value)
     except common.user_errors() as error:
         sys.exit(f"error: {error}")
     for name, value in result.items():
@@ -93,5 +91,4 @@ def _process_start():
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    common.run(main, "config")

@@ -6,12 +6,11 @@ import sys
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 import effmodels.data
+from experiments import common
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the run, such as configs/quickstart.py", lock_config=True)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "validation"], "Which windows to show")
 _BATCH = flags.DEFINE_integer("batch", 0, "Which global batch, counted from the start of the run", lower_bound=0)
 _ROWS = flags.DEFINE_integer("rows", 2, "How many rows of it", lower_bound=0)
@@ -63,11 +62,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every option starts with --")
     try:
-        show(_CONFIG.value, split=_SPLIT.value, batch=_BATCH.value, rows=_ROWS.value, chars=_CHARS.value)
+        show(common.CONFIG.value, split=_SPLIT.value, batch=_BATCH.value, rows=_ROWS.value, chars=_CHARS.value)
     except effmodels.data.DataError as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    common.run(main, "config")

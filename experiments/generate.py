@@ -5,11 +5,10 @@
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from experiments import common
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a run")
 _PROMPT = flags.DEFINE_string("prompt", None, "the text to continue; '-' reads it from standard input")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "at most so many tokens", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token; else the divisor of the logits", lower_bound=0.0)
@@ -28,7 +27,7 @@ def main(argv):
     from effmodels.train.restore import load_run
 
     try:
-        model, tokenizer, step = load_run(_WORKDIR.value, step=_STEP.value, log=lambda text: print(text, file=sys.stderr))
+        model, tokenizer, step = load_run(common.WORKDIR.value, step=_STEP.value, log=lambda text: print(text, file=sys.stderr))
         prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
         tokens = tokenizer.encode(prompt)
         print(f"checkpoint of step {step}, prompt of {len(tokens)} tokens", file=sys.stderr)
@@ -55,5 +54,4 @@ def _write(model, tokenizer, prompt, tokens, key):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "prompt"])
-    app.run(main)
+    common.run(main, "workdir", "prompt")

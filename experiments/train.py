@@ -5,13 +5,11 @@
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import common
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, perhaps with an argument: configs/moe_1b.py:small")
-_WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, metrics and the config go (default: runs/<config>[-arg])")
 _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "evaluate the newest checkpoint and stop")
 
 
@@ -20,9 +18,9 @@ def main(argv):
     common.set_up_jax()
     from effmodels.train.loop import NonFiniteError, train
 
-    workdir = _WORKDIR.value or common.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = common.WORKDIR.value or common.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
-        train(_CONFIG.value, workdir, eval_only=_EVAL_ONLY.value, log=common.say)
+        train(common.CONFIG.value, workdir, eval_only=_EVAL_ONLY.value, log=common.say)
     except common.user_errors() as error:
         sys.exit(f"error: {error}")
     except NonFiniteError as error:
@@ -31,5 +29,4 @@ def main(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    common.run(main, "config")

@@ -68,7 +68,8 @@ class MoE(ChannelMixer):
         D, E, F = env.d_model, config.num_experts, hidden_size(config, env)
         make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
         # The router stays in float32: bfloat16 scores tie, and ties make the choice depend on the order of experts.
-        self.router = param(jax.random.normal, rngs.params(), (D, E), ("embed", None), in_dims=("embed",))
+        wide = jnp.promote_types(env.param_dtype, jnp.float32)
+        self.router = param(jax.random.normal, rngs.params(), (D, E), ("embed", None), in_dims=("embed",), dtype=wide)
         self.w_in = make(rngs.params(), (E, D, F), ("expert", "embed", "expert_mlp"), in_dims=("embed",), batch_dims=("expert",))
         if ACTIVATIONS[config.activation][1] == 2:
             self.w_up = make(rngs.params(), (E, D, F), ("expert", "embed", "expert_mlp"), in_dims=("embed",), batch_dims=("expert",))

@@ -24,9 +24,10 @@ Fields of config.data (`defaults()` gives them with their values):
 '''
 from effmodels.data.api import Prepared, baselines, batches, prepare, trace
 from effmodels.data.options import DataError, defaults
+from effmodels.data.options import resolve as check
 from effmodels.data.storage import DamagedError
 from effmodels.data.tokenizer import Tokenizer, from_dict, load
 from effmodels.data.windows import HOST_KEYS
 
-__all__ = ["HOST_KEYS", "DamagedError", "DataError", "Prepared", "Tokenizer", "baselines", "batches", "defaults", "from_dict", "load",
-           "prepare", "trace"]
+__all__ = ["HOST_KEYS", "DamagedError", "DataError", "Prepared", "Tokenizer", "baselines", "batches", "check", "defaults",
+           "from_dict", "load", "prepare", "trace"]

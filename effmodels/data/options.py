@@ -2,6 +2,7 @@
 import difflib
 import os
 import pathlib
+from collections.abc import Mapping
 
 DEFAULTS = {
     "name": "local",  # "local": the files under `paths`; any other name: that TFDS dataset, e.g. "lm1b"
@@ -45,7 +46,7 @@ def resolve(config):
         raise DataError(f"config.data.packing={options['packing']!r} is not a packing policy; {nearest(options['packing'], PACKINGS)}")
     base = {name: options[name] for name in SOURCE_FIELDS}
     mixture = options["mixture"] or ({},)
-    if isinstance(mixture, (str, dict)) or hasattr(mixture, "to_dict"):
+    if isinstance(mixture, (str, Mapping)) or hasattr(mixture, "to_dict"):
         raise DataError("config.data.mixture must be a tuple of dicts such as {'paths': ('a',), 'weight': 2.0}, "
                         f"but it is a {type(mixture).__name__}.")
     options["sources"] = tuple(_source(base, entry, i) for i, entry in enumerate(mixture))

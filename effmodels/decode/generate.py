@@ -17,8 +17,9 @@ def generate(model, prompt_BT, max_new_tokens, *, lengths_B=None, eos_id=None, k
     Raises ValueError for an empty prompt, a token outside the vocabulary, or a state too small for the tokens asked for.
     """
     prompt_BT = np.asarray(prompt_BT, np.int32)
-    lengths_B = np.full(prompt_BT.shape[:1], prompt_BT.shape[1:2] or 0) if lengths_B is None else np.asarray(lengths_B)
-    out = np.zeros((prompt_BT.shape[0], (prompt_BT.shape[1] if prompt_BT.ndim > 1 else 0) + max_new_tokens), np.int32)
+    _check_prompt(model, prompt_BT, lengths_B, max_new_tokens, max_len)
+    lengths_B = np.full(*prompt_BT.shape) if lengths_B is None else np.asarray(lengths_B)
+    out = np.zeros((prompt_BT.shape[0], prompt_BT.shape[1] + max_new_tokens), np.int32)
     for row, length in enumerate(lengths_B):
         out[row, :length] = prompt_BT[row, :length]
     tokens = stream(model, prompt_BT, max_new_tokens, lengths_B=lengths_B, eos_id=eos_id, key=key, max_len=max_len, **options)
@@ -31,7 +32,7 @@ def generate(model, prompt_BT, max_new_tokens, *, lengths_B=None, eos_id=None, k
 def stream(model, prompt_BT, max_new_tokens, *, lengths_B=None, eos_id=None, key=None, max_len=None, **options):
     """Yields (tokens_B, running_B) for each new token, as numpy arrays; ends when no row runs any more. Arguments as `generate`."""
     prompt_BT = np.asarray(prompt_BT, np.int32)
-    _check_prompt(model, prompt_BT, max_new_tokens, max_len)
+    _check_prompt(model, prompt_BT, lengths_B, max_new_tokens, max_len)
     sampling.check(options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"))
     if options.get("temperature", 0.0) > 0 and key is None:
         raise ValueError("temperature > 0 draws at random: pass key=jax.random.key(seed).")
@@ -76,14 +77,18 @@ def _rounded(length, multiple=64):
     return -(-length // multiple) * multiple
 
 
-def _check_prompt(model, prompt_BT, max_new_tokens, max_len):
+def _check_prompt(model, prompt_BT, lengths_B, max_new_tokens, max_len):
     if prompt_BT.ndim != 2 or prompt_BT.shape[1] == 0:
         raise ValueError(f"generate: expected prompts [B, T] with at least one token, got shape {prompt_BT.shape}.")
+    B, T = prompt_BT.shape
+    if lengths_B is not None and (np.shape(lengths_B) != (B,) or np.min(lengths_B) < 1 or np.max(lengths_B) > T):
+        raise ValueError(f"generate: expected lengths_B of {B} numbers between 1 and {T}, got {np.asarray(lengths_B).tolist()}.")
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1.")
     vocab = model.config.vocab_size
     if prompt_BT.min() < 0 or prompt_BT.max() >= vocab:
-        raise ValueError(f"generate: prompt token {int(prompt_BT.max())} is outside the model's vocabulary of {vocab}.")
+        outside = prompt_BT[(prompt_BT < 0) | (prompt_BT >= vocab)][0]
+        raise ValueError(f"generate: prompt token {outside} is outside the model's vocabulary of {vocab}.")
     needed = prompt_BT.shape[1] + max_new_tokens
     if max_len is not None and needed > max_len:
         raise ValueError(f"generate: {prompt_BT.shape[1]} prompt + {max_new_tokens} new tokens = {needed} exceed max_len={max_len}.")

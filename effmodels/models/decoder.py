@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         return buffers
 
     def _embed(self, tokens_BT, ctx):
-        x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype)
+        x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype) * self.config.embed_scale
         return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, ctx.at_layer(-1).key_for(DROPOUT_EMBED))
 
     def _decode(self, x, ctx, state, call):

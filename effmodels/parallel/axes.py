@@ -50,15 +50,23 @@ _RULES = jax.make_user_context(default_value=None)
 
 
 def make_rules(overrides=None):
-    """The default table with a run's overrides, as the hashable form that the context carries; names are checked."""
+    """The default table with a run's overrides, as the hashable form that the context carries; names are checked.
+
+    A value is None, an axis, a tuple of axes, or text as typed on a command line: "default", "none", "data,fsdp".
+    """
     table = dict(DEFAULT_RULES)
     for dim, axes in (overrides or {}).items():
         if dim not in DIMS:
             raise ConfigError(f"rules: unknown dim {dim!r}.{nearest(dim, DIMS)}")
+        if axes == "default":
+            continue
+        if isinstance(axes, str):
+            axes = None if axes.lower() in ("", "none") else tuple(a.strip() for a in axes.split(","))
         for axis in as_tuple(axes):
             if axis not in MESH_AXES:
                 raise ConfigError(f"rules.{dim}: unknown mesh axis {axis!r}.{nearest(axis, MESH_AXES)}")
-        table[dim] = axes if axes is None or isinstance(axes, str) else tuple(axes)
+        axes = as_tuple(axes)
+        table[dim] = axes[0] if len(axes) == 1 else axes or None
     return tuple(sorted(table.items()))
 
 
@@ -140,7 +148,7 @@ def checked_spec(shape, dim_names, *, mesh, rules=None, array):
             table = current_rules() if rules is None else dict(rules)
             raise ConfigError(
                 f"{array} {tuple(dim_names)}: {dim}={size} cannot be split over {pieces} devices (rules.{dim}={table[dim]!r}, mesh "
-                f"{dict(mesh.shape)}). Use a multiple of {pieces}, another mesh, or rules.{dim}=None."
+                f"{dict(mesh.shape)}). Use a multiple of {pieces}, another mesh, or rules.{dim}=none."
             )
     return spec(dim_names, rules=rules, mesh=mesh, array=array)
 

@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, config, workdir, log, devices=None, start=True):
         self.started = time.perf_counter()
-        self.workdir, self.stopping = workdir, False
+        self.workdir, self.stopping, self.profiling = workdir, False, False
         self.log = log if jax.process_index() == 0 else (lambda *_: None)
         self.setup = Setup(config, self.log, devices)
         self.config = self.setup.config
@@ -74,6 +74,8 @@ class Run:
         try:
             with self.setup.context():
                 state, result = self._steps(state, start)
+                if self.config.eval.at_end and not self.stopping and not result:
+                    result = self._evaluate(state, int(state.step))
             result = self._finish(state, result)  # outside the mesh: a sample of one row cannot be split
         finally:
             if previous is not None:
@@ -122,6 +124,7 @@ class Run:
             if self.stopping:
                 break
         self._read(pending, records, rate)
+        self._profile(None)
         if self.stopping and saved != int(state.step):
             self._save(state, int(state.step), result)
         self.checkpoints.wait()
@@ -286,8 +289,10 @@ class Run:
         steps = self.config.log.profile_steps
         if steps and step == steps[0]:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        if steps and step == steps[1] + 1:
+            self.profiling = True
+        if self.profiling and (step is None or step > steps[1]):  # None: the run is over
             jax.profiler.stop_trace()
+            self.profiling = False
             self.log(f"profile of steps {steps[0]} to {steps[1]} in {self.workdir / 'profile'}")
 
     def _finish(self, state, result):

@@ -3,7 +3,8 @@ import dataclasses
 
 from flax.core import FrozenDict
 
-from effmodels.config import ConfigError, ModelConfig, build, nearest, plain
+from effmodels import data as data_package
+from effmodels.config import ConfigError, ModelConfig, build, check, nearest, plain
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, mesh
 
@@ -90,7 +91,7 @@ class RunConfig:
         model["remat"] = built["train"].remat if built["train"].remat != "none" else model.get("remat", "none")
         numbers = {name: _positive(given.get(name), name) for name in ("steps", "batch_size", "seq_len")}
         run = cls(
-            seed=int(given.get("seed", 0)), **numbers, **built, model=ModelConfig.from_mapping(model),
+            seed=check(given.get("seed", 0), int, "config.seed"), **numbers, **built, model=ModelConfig.from_mapping(model),
             **{name: dict(plain(given.get(name, {}))) for name in ("data", "optim", "mesh", "rules")},  # lists of a JSON file to tuples
         )  # fmt: skip
         run.check()
@@ -99,6 +100,7 @@ class RunConfig:
     def check(self):
         """Raises ConfigError for what does not fit together."""
         resolve(self.model)
+        data_package.check(self.data)
         axes.make_rules(self.rules)
         train, choices = self.train, ("auto", "scan", "loop")
         if train.accumulation not in choices:
@@ -122,7 +124,7 @@ class RunConfig:
             if size is not None and size % rows:
                 raise ConfigError(
                     f"config: {name}={size} cannot be split over the {rows} devices of the mesh's data, fsdp and expert axes; "
-                    f"nearest: {max(rows, size // rows * rows)} or {-(-size // rows) * rows}."
+                    f"nearest: {' or '.join(map(str, sorted({max(rows, size // rows * rows), -(-size // rows) * rows})))}."
                 )
         return sizes
 

@@ -1,4 +1,5 @@
-"""The Colab notebook: equal to its source, runs as a script and as a notebook, fails loudly on a fallback, never touches the runtime's jax."""
+"""The Colab notebook equals its source, runs as a script and as a notebook, fails loudly on a fallback and never touches the runtime's
+jax."""
 import importlib.util
 import os
 import pathlib
@@ -59,9 +60,9 @@ def test_runs_as_a_script(tmp_path):
     check_results(tmp_path, ran.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.subprocess
 def test_runs_as_a_notebook(tmp_path, monkeypatch):
+    """After the script, so that its programs come from the compilation cache."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
@@ -83,8 +84,8 @@ def test_holds_no_library_code():
 
 
 def test_a_tpu_that_jax_does_not_see_is_an_error():
-    message = r"ACCELERATOR = 'tpu' means a TPU here, but jax \S+ runs on a CPU\. In Colab: Runtime > Change runtime type > TPU.*set ACCELERATOR = 'cpu'"
-    with pytest.raises(RuntimeError, match=message):
+    means = r"ACCELERATOR = 'tpu' means a TPU here, but jax \S+ runs on a CPU\."
+    with pytest.raises(RuntimeError, match=f"{means} In Colab: Runtime > Change runtime type > TPU, .*set ACCELERATOR = 'cpu'"):
         run_cells("accelerator", ACCELERATOR="tpu")
 
 
@@ -125,6 +126,7 @@ def colab(monkeypatch):
         def pip(self, command):
             self.commands.append(command)
             self.pins.append(pathlib.Path(command[command.index("--constraint") + 1]).read_text())
+            self.versions |= {"effmodels": "0.1.0"} if "--no-deps" in command else {}
 
     runtime = Runtime()
     monkeypatch.setitem(sys.modules, "google.colab", object())
@@ -153,13 +155,19 @@ def test_installs_what_is_missing_and_never_jax(colab):
 @pytest.mark.parametrize("name, version", [("jax", "0.7.2"), ("flax", "0.10.7"), ("jax", "0.13.1")])
 def test_a_runtime_that_does_not_fit_is_said_in_one_sentence(colab, name, version):
     colab.versions[name] = version
-    with pytest.raises(RuntimeError, match=rf"This runtime has {name} {version}, effmodels needs {name}<0\.13.*never replaces it: choose a newer"):
+    message = rf"This runtime has {name} {version}, effmodels needs {name}<0\.13.*never replaces it: choose a runtime version that fits"
+    with pytest.raises(RuntimeError, match=message):
         run_cells("install", REPOSITORY=REPOSITORY)
     assert len(colab.commands) == 1, "only effmodels itself, without dependencies"
+    with pytest.raises(RuntimeError, match=message):  # the cell is run again: effmodels is there now, the runtime is as before
+        run_cells("install", REPOSITORY=REPOSITORY)
 
 
-def test_a_present_effmodels_is_left_alone(colab, monkeypatch):
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "a checkout on the path"])
+def test_a_present_effmodels_is_left_alone(colab, monkeypatch, installed):
     monkeypatch.setattr(importlib.util, "find_spec", FIND_SPEC)
+    if installed:
+        colab.versions |= {"effmodels": "0.1.0", "optax": "0.2.8", "grain": "0.2.18"}
     run_cells("install", REPOSITORY=REPOSITORY)
     assert not colab.commands
 

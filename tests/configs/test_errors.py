@@ -1,4 +1,7 @@
 """What a person reads after a mistake in a config: the field, what was given, what was expected, the nearest that works."""
+import subprocess
+import sys
+
 import pytest
 
 from effmodels.config import ConfigError
@@ -6,7 +9,7 @@ from effmodels.models import Decoder, resolve
 from effmodels.parallel import mesh
 from effmodels.train.run_config import RunConfig
 from effmodels.train.setup import Setup
-from tests.configs.catalogue import load
+from tests.configs.catalogue import ROOT, load
 
 
 def changed(**fields):
@@ -68,6 +71,18 @@ MISTAKES = {
     "indivisible retention heads": (
         lambda: changed(model__mixers__retention={"num_heads": 5}),
         r"retention: d_model=32 is not divisible by num_heads=5; valid: \[1, 2, 4\], or set head_dim",
+    ),
+    "no heads": (lambda: changed(model__mixers__attention={"num_heads": 0}), r"attention: expected num_heads.*at least 1, got num_heads=0"),
+    "negative soft cap": (
+        lambda: changed(model__mixers__attention={"num_heads": 2, "soft_cap": -1.0}),
+        r"attention: expected soft_cap > 0 or None, got -1\.0",
+    ),
+    "unknown decay": (
+        lambda: changed(model__mixers__retention={"num_heads": 2, "decay": "papers"}),
+        r"retention\.decay: unknown schedule 'papers'; expected \['paper', 'torchscale'\] or",
+    ),
+    "too many experts per token": (
+        lambda: changed(model__channels__moe__top_k=5), r"moe: top_k=5 must be between 1 and num_experts=4",
     ),
     "odd head": (lambda: changed(model__mixers__retention__head_dim=5), r"retention: head_dim=5 must be even"),
     "indivisible micro-batch": (
@@ -143,7 +158,7 @@ def test_a_batch_that_the_mesh_cannot_split():
     ({"train__batch_ramp": ((0, 8), (3, 32))}, r"train\.batch_ramp ends at batch 32, but batch_size=16"),
     ({"train__batch_ramp": ((1, 8), (3, 16))}, r"train\.batch_ramp must begin at 0, not at 1"),
     ({"train__batch_ramp": ((0, 12), (3, 16))}, r"batch size 12 is not a multiple of the micro batch of 8 sequences; nearest: 8 or 16"),
-    ({"train__batch_ramp": ((0, 8), (3, 16)), "train__accumulation": "scan"}, r"accumulation='scan' fixes; use 'loop'"),
+    ({"train__batch_ramp": ((0, 8), (3, 16)), "train__accumulation": "scan"}, r"config\.train: a batch_ramp .*'scan' fixes.*'loop'"),
     ({"train__length_stages": ((0, 32), (3, 48))}, r"train\.length_stages ends at length 48, but seq_len=64"),
     ({"optim__schedule": "cosin"}, r"optim\.schedule='cosin' is unknown.*Did you mean 'cosine'"),
     ({"optim__name": "adamww"}, r"'adamww'.*Did you mean 'adamw'"),
@@ -153,3 +168,16 @@ def test_mistake_in_a_schedule(fields, message):
     """Refused when the run is set up: before data is read and before anything is compiled."""
     with pytest.raises(ConfigError, match=message):
         Setup(changed(batch_size=16, train__micro_batch_size=8, **fields), log=lambda *_: None)
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("arguments, message", [
+    (["--config=configs/quickstart.py", "--config.optim.lrr=1"], 'Did you mean "lr" instead of "lrr"'),
+    (["--config=configs/quickstart.py", "--config.model.d_model=abc"], "flag --config.model.d_model=abc: invalid literal for int"),
+    (["--config=configs/quickstart.py:tets"], "configs/quickstart.py: unknown argument 'tets'; expected nothing or 'test'"),
+    (["--config=configs/quickstrat.py"], "No such file or directory: 'configs/quickstrat.py'"),
+    ([], "Flag --config must have a value other than None"),
+])
+def test_mistake_on_the_command_line(arguments, message):
+    ran = subprocess.run([sys.executable, "-m", "experiments.train", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode != 0 and message in ran.stderr + ran.stdout, ran.stderr

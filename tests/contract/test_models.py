@@ -15,7 +15,7 @@ from effmodels.config import ModelConfig
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
 from effmodels.parallel import axes, mesh
-from tests.contract.cases import CHANNEL_CASES, MIXER_CASES, all_kinds_config, jit, jitter, loss_and_grads, packed_batch
+from tests.contract.cases import CHANNEL_CASES, MIXER_CASES, all_kinds_config, fill, jit, loss_and_grads, packed_batch
 from tests.numerics import assert_close, assert_trees_close
 
 DROPOUT_SEED = 3
@@ -28,26 +28,28 @@ MESHES = {
 
 
 def built(config):
-    """(graphdef, params, buffers) as numpy, parameters moved off their initial values."""
-    graphdef, params, buffers = model_state.split(Decoder(config, rngs=nnx.Rngs(0)))
-    return graphdef, jitter(params, 0.1), {p: np.asarray(b) for p, b in buffers.items()}
+    """(graphdef, params, buffers) of the config's Decoder, in numpy."""
+    return fill(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """(graphdef, params, buffers, infos, batch, values and gradients without a mesh)."""
+    """(config, params, buffers, infos, batch, values and gradients without a mesh, of the kernels' slow twins)."""
     with jax.enable_x64(True):
-        config = all_kinds_config(dropout=0.1)
+        config = all_kinds_config(dropout=0.1, implementation="reference")
         graphdef, params, buffers = built(config)
         infos = model_state.info(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
         batch = packed_batch(8, 9, config.vocab_size)
         run = loss_and_grads(graphdef, DROPOUT_SEED)
-        return graphdef, params, buffers, infos, batch, jax.device_get(jit(run)(params, buffers, batch))
+        return config, params, buffers, infos, batch, jax.device_get(jit(run)(params, buffers, batch))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("data", "fsdp") else []) for n in MESHES])
 def test_sharded_equals_one_device(one_device, name, x64):
-    graphdef, params, buffers, infos, batch, ((want, want_parts), want_grads) = one_device
+    config, params, buffers, infos, batch, ((want, want_parts), want_grads) = one_device
+    if name == "mixed":  # the kernels that run by default, in one of the meshes
+        config = dataclasses.replace(config, implementation=None)
+    graphdef = model_state.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
     devices = mesh.make_mesh(MESHES[name])
     with axes.use(devices):
         put = {p: jax.device_put(a, axes.parameter_sharding(a.shape, infos[p], mesh=devices, name=p)) for p, a in params.items()}
@@ -73,7 +75,7 @@ def unrolled(stacked, names_stacked, names_unrolled):
 def unrolled_run():
     """What the scanned forms must equal: (config, params of the scanned model, names, values, gradients by unrolled path)."""
     with jax.enable_x64(True):
-        config = all_kinds_config(repeats=2, dropout=0.1)
+        config = all_kinds_config(repeats=2, dropout=0.1, implementation="reference")
         flat = dataclasses.replace(config, scan_layers=False)
         names = [model_state.manifest(nnx.eval_shape(lambda c=c: Decoder(c, rngs=nnx.Rngs(0)))) for c in (config, flat)]
         _, params, buffers = built(config)
@@ -83,11 +85,16 @@ def unrolled_run():
         return config, params, buffers, names, batch, jax.device_get(jit(loss_and_grads(graphdef, DROPOUT_SEED))(*inputs))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", pytest.param("dots", marks=pytest.mark.slow)])
-def test_scanned_equals_unrolled(unrolled_run, remat, x64):
+@pytest.mark.parametrize(
+    "remat, implementation",
+    [("full", "reference")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("none", "reference"), ("dots", "reference"), ("dots_no_batch", "xla"))],
+)
+def test_scanned_equals_unrolled(unrolled_run, remat, implementation, x64):
     config, params, buffers, names, batch, ((want, want_parts), want_grads) = unrolled_run
     assert all(np.ptp(params[path].sum(axis=tuple(range(1, params[path].ndim)))) > 0 for path in params if "mixer.w" in path)
-    graphdef = model_state.split(nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, remat=remat), rngs=nnx.Rngs(0))))[0]
+    config = dataclasses.replace(config, remat=remat, implementation=implementation)
+    graphdef = model_state.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
     (got, parts), grads = jit(loss_and_grads(graphdef, DROPOUT_SEED))(params, buffers, batch)
     assert_close("total", got, want, rel=1e-13)
     assert_trees_close(parts, want_parts, rel=1e-11)
@@ -98,11 +105,13 @@ def test_scanned_equals_unrolled(unrolled_run, remat, x64):
 
 
 def test_same_initial_values_scanned_and_unrolled():
-    config = all_kinds_config(repeats=2, param_dtype="float32", compute_dtype="float32")
-    scanned, flat = (Decoder(dataclasses.replace(config, scan_layers=s), rngs=nnx.Rngs(7)) for s in (True, False))
-    names = model_state.manifest(scanned), model_state.manifest(flat)
+    config = ModelConfig(vocab_size=20, d_model=16, num_layers=3, mixers={"attention": {"num_heads": 2}}, channels={"mlp": {"hidden": 24}})
+    configs = [dataclasses.replace(config, scan_layers=scan) for scan in (True, False)]
+    builds = [lambda c=c: Decoder(c, rngs=nnx.Rngs(7)) for c in configs]
+    names = [model_state.manifest(nnx.eval_shape(build)) for build in builds]
     assert names[0].keys() == names[1].keys()
-    got, want = unrolled(model_state.split(scanned)[1], *names), model_state.split(flat)[1]
+    scanned, want = jax.device_get(jit(lambda: [model_state.split(build())[1] for build in builds])())
+    got = unrolled(scanned, *names)
     assert all(np.array_equal(got[p], want[p]) for p in want)
     layers = [want[p] for p in want if p.endswith("mixer.wq")]
     assert not any(a.shape == b.shape and np.array_equal(a, b) for i, a in enumerate(layers) for b in layers[:i]), "two layers start equal"
@@ -110,18 +119,16 @@ def test_same_initial_values_scanned_and_unrolled():
 
 def test_dropout_depends_on_layer_site_and_key(x64):
     """With a key the loss changes, with another key it changes again; without one, dropout is off."""
-    config = all_kinds_config(dropout=0.5)
+    config = all_kinds_config(dropout=0.5, implementation="reference")
     graphdef, params, buffers = built(config)
     batch = packed_batch(2, 7, config.vocab_size)
 
     @jit
-    def totals(params, buffers, batch):
-        model = model_state.merge(graphdef, params, buffers)
-        keys = [None, None, jax.random.key(0), jax.random.key(0), jax.random.key(1)]
-        return [model.loss(batch, key=key).ce_sum for key in keys]
+    def ce_sum(params, buffers, batch, key):
+        return model_state.merge(graphdef, params, buffers).loss(batch, key=key).ce_sum
 
-    off, again, first, same, second = map(float, totals(params, buffers, batch))
-    assert off == again and first == same and len({off, first, second}) == 3
+    off, first, same, second = (float(ce_sum(params, buffers, batch, key)) for key in (None, *map(jax.random.key, (0, 0, 1))))
+    assert first == same and len({off, first, second}) == 3
 
 
 def cases_of(kinds, table, pattern):
@@ -145,7 +152,7 @@ def test_config_round_trip_and_parameter_count(fields):
 @pytest.mark.parametrize("max_len", [3, 40])
 def test_state_bytes_are_those_of_the_state(max_len):
     for compute_dtype in ("float32", "bfloat16"):
-        config = all_kinds_config(repeats=2, compute_dtype=compute_dtype)
+        config = all_kinds_config(repeats=2, param_dtype="float32", compute_dtype=compute_dtype)
         state = jax.eval_shape(lambda c=config: Decoder(c, rngs=nnx.Rngs(0)).init_state(3, max_len))
         actual = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         assert actual == 3 * cost(config, max_len).decode_state_bytes

@@ -1,0 +1,45 @@
+"""Axis sizes for a number of devices, and the sentence for sizes that do not fit."""
+import jax
+import pytest
+
+from effmodels.config import ConfigError
+from effmodels.parallel import mesh
+
+
+@pytest.mark.parametrize(
+    "given, devices, want",
+    [
+        ({}, 8, {"data": 8}),
+        ({"data": -1, "tensor": 2}, 8, {"data": 4, "tensor": 2}),
+        ({"fsdp": -1, "data": 1}, 8, {"fsdp": 8}),
+        ({"data": 2, "fsdp": 3}, 6, {"data": 2, "fsdp": 3}),
+        ({"tensor": 4}, 4, {"tensor": 4}),
+        ({"tensor": -1}, 1, {}),
+    ],
+)
+def test_sizes(given, devices, want):
+    assert mesh.sizes(given, devices) == {**{axis: 1 for axis in mesh.MESH_AXES}, **want}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"model": 2}, r"mesh: unknown axis 'model'. Available: data, expert, fsdp, seq, stage, tensor"),
+        ({"tensr": 2}, r"mesh: unknown axis 'tensr'. Did you mean 'tensor'\?"),
+        ({"data": -1, "fsdp": -1}, r"mesh: only one axis may be -1, got data, fsdp"),
+        ({"tensor": 0}, r"mesh: sizes must be positive \(or one -1\)"),
+        ({"tensor": 3}, r"needs a multiple of 3 devices, but 8 are here; the fixed axes' product must be one of \[1, 2, 4, 8\]"),
+        ({"data": 2, "tensor": 2}, r"needs 4 devices, but 8 are here; .* or exactly 8 without a -1"),
+        ({"data": 16}, r"needs 16 devices, but 8 are here"),
+    ],
+)
+def test_errors(given, message):
+    with pytest.raises(ConfigError, match=message):
+        mesh.sizes(given, 8)
+
+
+def test_all_axes_are_there_and_auto():
+    made = mesh.make_mesh({"tensor": 2})
+    assert made.axis_names == mesh.MESH_AXES and made.devices.size == 8 and made.shape["data"] == 4
+    assert all(t == jax.sharding.AxisType.Auto for t in made.axis_types)
+    assert mesh.make_mesh({}, jax.devices()[:1]).devices.size == 1
