@@ -198,9 +198,9 @@ class Decoder(nnx.Module):
             )
 
     def _head_scale(self):
-        # muP (arXiv:2203.03466, table 8): output logits shrink with width, so that their size does not depend on it.
+        # muP (arXiv:2203.03466, table 8: std 1, multiplier 1/width), for a head drawn with std width^-1/2 and its rate scaled accordingly.
         c = self.config
-        return 1.0 if c.mup_base_width is None else c.mup_base_width / c.d_model
+        return 1.0 if c.mup_base_width is None else (c.mup_base_width / c.d_model) ** 0.5
 
 
 def _aux_rows(segs):

@@ -123,8 +123,9 @@ def global_norm(tree, sequential_above=math.inf):
 def groups(optim_config, infos, *, mup_width_multiplier=None):
     """Groups: which optimiser, decay and learning-rate multiplier each parameter gets.
 
-    muP (arXiv:2203.03466): matrices that are neither embedding nor head have their Adam-type learning rate divided by the width multiplier;
-    decay is left alone. Muon then uses the spectral scale sqrt(max(1, out / in)), which transfers by itself, so its multiplier is 1.
+    muP (arXiv:2203.03466): matrices that are neither embedding nor head have their Adam-type learning rate divided by the width multiplier
+    m, embedding and head by sqrt(m): they are drawn with std 1/sqrt(width) and scaled by the model, which is the paper's table 8 up to a
+    change of units. Decay is left alone. Muon then uses the spectral scale sqrt(max(1, out / in)), which transfers by itself.
     """
     c = _checked(optim_config)
     name, width = c["name"], float(mup_width_multiplier or 1)
@@ -133,7 +134,8 @@ def groups(optim_config, infos, *, mup_width_multiplier=None):
         hidden = info.is_matrix and "vocab" not in info.dim_names
         optimizer[path] = ("muon" if hidden else "adamw") if name == "muon" else name
         decay[path] = bool(c["weight_decay"]) and (hidden or "vocab" in info.dim_names and (is_head(info) or c["decay_embeddings"]))
-        multiplier[path] = 1 / width if hidden and optimizer[path] in _MUP_WIDTH | {"adafactor"} else 1.0
+        table = "vocab" in info.dim_names and optimizer[path] in _MUP_WIDTH
+        multiplier[path] = 1 / width if hidden and optimizer[path] in _MUP_WIDTH | {"adafactor"} else width**-0.5 if table else 1.0
         if name == "muon" and not hidden:
             multiplier[path] *= float(c["options"].get("adam_lr_ratio", 1.0))
     if width != 1:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import accumulator
 from pallas_kernels.flash_attention.mask import Side, cut, sides, visible
+from pallas_kernels.products import product
 
 # More queries or tiles than this are scanned: XLA keeps the temporaries of many unrolled tiles alive at once (measured at T = 1024:
 # 149 against 78 MB, and no faster).
@@ -53,7 +54,7 @@ def _add_sinks(out_BKGTP, lse_BKGT, sinks_KG1):
 
 def _scores(q_BKGQH, k_BKCH, see, spec):
     """(masked scores, derivative of the soft cap or None)."""
-    s = spec.scale * jnp.einsum("bkgqh,bkch->bkgqc", q_BKGQH, k_BKCH, preferred_element_type=accumulator(q_BKGQH.dtype))
+    s = spec.scale * product("bkgqh,bkch->bkgqc", q_BKGQH, k_BKCH, accumulator(q_BKGQH.dtype))
     slope = None
     if spec.soft_cap is not None:
         t = jnp.tanh(s / spec.soft_cap)
@@ -74,7 +75,7 @@ def _forward_tile(carry, q_BKGQH, k_BKCH, v_BKCP, see, spec):
     m = s.max(-1) if carry is None else jnp.maximum(carry[0], s.max(-1))
     p = jnp.exp(s - _finite(m)[..., None])
     l = p.sum(-1)
-    o = jnp.einsum("bkgqc,bkcp->bkgqp", p.astype(v_BKCP.dtype), v_BKCP, preferred_element_type=s.dtype)
+    o = product("bkgqc,bkcp->bkgqp", p.astype(v_BKCP.dtype), v_BKCP, s.dtype)
     if carry is not None:
         keep = jnp.exp(carry[0] - _finite(m))
         l, o = l + keep * carry[1], o + keep[..., None] * carry[2]
@@ -93,12 +94,11 @@ def _backward_tile(q_BKGQH, k_BKCH, v_BKCP, see, lse_BKGQ, do_BKGQP, delta_BKGQ,
     dtype = q_BKGQH.dtype
     s, slope = _scores(q_BKGQH, k_BKCH, see, spec)
     p = jnp.exp(s - _finite(lse_BKGQ)[..., None])
-    product = functools.partial(jnp.einsum, preferred_element_type=s.dtype)
-    ds = spec.scale * p * (product("bkgqp,bkcp->bkgqc", do_BKGQP, v_BKCP) - delta_BKGQ[..., None])
+    ds = spec.scale * p * (product("bkgqp,bkcp->bkgqc", do_BKGQP, v_BKCP, s.dtype) - delta_BKGQ[..., None])
     ds = (ds if slope is None else ds * slope).astype(dtype)
-    dq_BKGQH = product("bkgqc,bkch->bkgqh", ds, k_BKCH)
-    dk_BKHC = product("bkgqh,bkgqc->bkhc", q_BKGQH, ds)
-    dv_BKPC = product("bkgqp,bkgqc->bkpc", do_BKGQP, p.astype(dtype))
+    dq_BKGQH = product("bkgqc,bkch->bkgqh", ds, k_BKCH, s.dtype)
+    dk_BKHC = product("bkgqh,bkgqc->bkhc", q_BKGQH, ds, s.dtype)
+    dv_BKPC = product("bkgqp,bkgqc->bkpc", do_BKGQP, p.astype(dtype), s.dtype)
     return dq_BKGQH, dk_BKHC, dv_BKPC
 
 

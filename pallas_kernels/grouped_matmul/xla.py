@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.checks import accumulator
+from pallas_kernels.products import product
 
 _BLOCKS = (256, 64)
 
@@ -91,7 +92,7 @@ def _rows_cpu(lhs_MK, rhs_EKN, group_sizes_E):
         w_KN = rhs_EKN[e].astype(lhs_MK.dtype)
 
         def one_block(out_MN, start, x_RK):
-            y_RN = jnp.dot(x_RK, w_KN, preferred_element_type=dtype)
+            y_RN = product("rk,kn->rn", x_RK, w_KN, dtype)
             return jax.lax.dynamic_update_slice_in_dim(out_MN, y_RN, start, 0)
 
         return _over_blocks(one_block, out_MN, padded_MK, ends_E[e] - group_sizes_E[e], ends_E[e], blocks)
@@ -112,7 +113,7 @@ def _matrices_cpu(lhs_MK, dout_MN, group_sizes_E):
     def one_expert(_, e):
         def one_block(sum_KN, start, x_RK):
             dy_RN = jax.lax.dynamic_slice_in_dim(dout_MN, start, x_RK.shape[0])
-            return sum_KN + jnp.einsum("rk,rn->kn", x_RK, dy_RN, preferred_element_type=dtype)
+            return sum_KN + product("rk,rn->kn", x_RK, dy_RN, dtype)
 
         zeros_KN = jnp.zeros((lhs_MK.shape[1], dout_MN.shape[1]), dtype)
         return None, _over_blocks(one_block, zeros_KN, padded_MK, ends_E[e] - group_sizes_E[e], ends_E[e], blocks)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.checks import accumulator
+from pallas_kernels.products import product
 
 KEEP_LOGITS = 2**25  # elements of T x V: 128 MiB in float32
 CHUNK_LOGITS = 2**22  # elements of a chunk above that
@@ -35,7 +36,7 @@ def lse_and_label_logit(x_TD, w, labels_T, soft_cap, w_layout):
 
 def _logits(static, x_CD, w):
     soft_cap, w_layout = static
-    logits_CV = jnp.einsum(f"td,{w_layout.lower()}->tv", x_CD, w, preferred_element_type=accumulator(x_CD.dtype))
+    logits_CV = product(f"td,{w_layout.lower()}->tv", x_CD, w, accumulator(x_CD.dtype))
     return logits_CV if soft_cap is None else soft_cap * jnp.tanh(logits_CV / soft_cap)
 
 
@@ -56,8 +57,8 @@ def _backward(static, x_CD, w, labels_C, logits_CV, lse_C, dlse_C, dlabel_C):
     if soft_cap is not None:
         dlogits_CV = dlogits_CV * (1.0 - (logits_CV / soft_cap) ** 2)
     dlogits_CV = dlogits_CV.astype(x_CD.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=lse_C.dtype)
-    return product(f"tv,{w_layout.lower()}->td", dlogits_CV, w), product("td,tv->dv", x_CD, dlogits_CV)
+    dtype = lse_C.dtype
+    return product(f"tv,{w_layout.lower()}->td", dlogits_CV, w, dtype), product("td,tv->dv", x_CD, dlogits_CV, dtype)
 
 
 # Logits kept.

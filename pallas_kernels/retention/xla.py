@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import accumulator
+from pallas_kernels.products import product
 from pallas_kernels.retention.summary import Summary, runs
 
 CHUNK = 64  # measured on a two-core CPU, H = P = 64
@@ -106,7 +107,7 @@ def _masked(decay, valid_bnC, run_bnC):
 def _states(k_BNnCH, v_BNnCP, decay, dtype):
     """(state before each chunk [B,N,n,H,P], state after the last [B,N,H,P]), both from zero."""
     weighted_BNnCH = (k_BNnCH * jnp.exp(decay.to_end_bNnC)[..., None]).astype(k_BNnCH.dtype)
-    write_BNnHP = jnp.einsum("bNnch,bNncp->bNnhp", weighted_BNnCH, v_BNnCP, preferred_element_type=dtype)
+    write_BNnHP = product("bNnch,bNncp->bNnhp", weighted_BNnCH, v_BNnCP, dtype)
     if write_BNnHP.shape[2] == 1:
         return jnp.zeros_like(write_BNnHP), write_BNnHP[:, :, 0]
 
@@ -122,9 +123,9 @@ def _states(k_BNnCH, v_BNnCP, decay, dtype):
 
 
 def _outputs(q_BNnCH, k_BNnCH, v_BNnCP, before_BNnHP, decay, scale, dtype):
-    scores_BNnts = jnp.einsum("bNnth,bNnsh->bNnts", q_BNnCH, k_BNnCH, preferred_element_type=dtype)
+    scores_BNnts = product("bNnth,bNnsh->bNnts", q_BNnCH, k_BNnCH, dtype)
     scores_BNnts = (scale * scores_BNnts * jnp.exp(decay.pair_bNnts)).astype(v_BNnCP.dtype)
-    inside_BNnCP = jnp.einsum("bNnts,bNnsp->bNntp", scores_BNnts, v_BNnCP, preferred_element_type=dtype)
+    inside_BNnCP = product("bNnts,bNnsp->bNntp", scores_BNnts, v_BNnCP, dtype)
     # The state stays in the accumulator's dtype: it is the long memory.
     reading_BNnCH = q_BNnCH.astype(dtype) * (scale * jnp.exp(decay.from_start_bNnC))[..., None]
     return inside_BNnCP + jnp.einsum("bNnth,bNnhp->bNntp", reading_BNnCH, before_BNnHP)

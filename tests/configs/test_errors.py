@@ -175,7 +175,7 @@ def test_mistake_in_a_schedule(fields, message):
     (["--config=configs/quickstart.py", "--config.optim.lrr=1"], 'Did you mean "lr" instead of "lrr"'),
     (["--config=configs/quickstart.py", "--config.model.d_model=abc"], "flag --config.model.d_model=abc: invalid literal for int"),
     (["--config=configs/quickstart.py:tets"], "configs/quickstart.py: unknown argument 'tets'; expected nothing or 'test'"),
-    (["--config=configs/quickstrat.py"], "No such file or directory: 'configs/quickstrat.py'"),
+    (["--config=configs/quickstrat.py"], "there is no file configs/quickstrat.py. Configs here:"),
     ([], "Flag --config must have a value other than None"),
 ])
 def test_mistake_on_the_command_line(arguments, message):

@@ -110,6 +110,23 @@ def test_causality_packing_and_gradients(kind, fields):
         assert_close(f"gradient of {path}", gradient, alone_grads[path], rel=1e-12)
 
 
+@pytest.mark.parametrize("kind, fields", [case for case in MIXER_CASES if not case.values[1]])
+def test_bfloat16_gradients_are_finite_and_near_float32(kind, fields):
+    runs = {}
+    for dtype in ("bfloat16", "float32"):
+        graphdef, params, _ = make(kind, fields, dtype=dtype)
+
+        def loss(params, x, graphdef=graphdef):
+            y = model_state.merge(graphdef, params, {})(x, Ctx(segment_ids_BT=jnp.ones((2, 9), jnp.int32)))
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        x = jnp.asarray(draw(2, 9, D_MODEL), dtype)
+        runs[dtype] = jit(jax.grad(loss))({p: jnp.asarray(a) for p, a in params.items()}, x)
+    for path, got in runs["bfloat16"].items():
+        assert got.dtype == jnp.bfloat16
+        assert_close(path, got, runs["float32"][path], rel=5e-2)
+
+
 @pytest.mark.parametrize("kind, fields", MIXER_CASES)
 def test_every_dim_is_named_and_state_bytes_are_exact(kind, fields):
     from effmodels.parallel.axes import DIMS

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effmodels.channel.registry import CHANNELS
 from effmodels.config import ModelConfig
+from effmodels.mixers.registry import MIXERS
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
 from effmodels.parallel import axes, mesh
@@ -167,6 +169,10 @@ FLOPS_CASES = [
     ("retention", {"num_heads": 2, "chunk": 16, "value_dim": 40, "gate": False}, "mlp", {"hidden": 100}),
     ("attention", {"num_heads": 2}, "moe", {"num_experts": 3, "top_k": 2, "hidden": 48, "shared_experts": 1}),
 ]
+
+
+FLOPS_CASES += [(kind, {}, "mlp", {}) for kind in MIXERS if kind not in {case[0] for case in FLOPS_CASES}]
+FLOPS_CASES += [("attention", {}, kind, {}) for kind in CHANNELS if kind not in {case[2] for case in FLOPS_CASES}]
 
 
 @pytest.mark.parametrize("mixer, mixer_fields, channel, channel_fields", FLOPS_CASES)

@@ -9,6 +9,7 @@ from effmodels.decode import generate, stream
 from effmodels.decode.generate import _compiled
 from effmodels.models import Decoder, ModelConfig
 from effmodels.models import state as model_state
+from effmodels.parallel import axes, mesh
 from tests.contract.cases import fill, jit
 
 V, NEW = 29, 9
@@ -47,8 +48,6 @@ def test_greedy_equals_recomputing_the_prefix(model, recomputed):
 
 
 def test_rows_do_not_depend_on_their_neighbours(model, recomputed):
-    alone = generate(model, PROMPTS[:1], NEW)
-    assert np.array_equal(alone[0], recomputed[0])
     longer = generate(model, np.pad(PROMPTS, ((0, 0), (0, 3)), constant_values=5), NEW, lengths_B=LENGTHS)
     for row, n in zip(np.asarray(longer), LENGTHS):
         assert np.array_equal(row[: n + NEW], recomputed[list(LENGTHS).index(n), : n + NEW]), "what pads a prompt changes it"
@@ -61,7 +60,8 @@ def test_a_row_stops_at_eos_and_the_others_go_on(model, recomputed):
     got = np.asarray(generate(model, PROMPTS, NEW, lengths_B=LENGTHS, eos_id=eos))
     for b, n in enumerate(LENGTHS):
         assert np.array_equal(got[b, n : n + ends[b]], continuations[b][: ends[b]]) and np.all(got[b, n + ends[b] :] == 0)
-    assert len(list(stream(model, PROMPTS[:1], NEW, eos_id=eos))) == ends[0], "the stream ends when no row runs"
+    same = stream(model, np.repeat(PROMPTS[:1], 3, axis=0), NEW, lengths_B=np.repeat(LENGTHS[:1], 3), eos_id=eos)
+    assert len(list(same)) == ends[0], "the stream ends when no row runs"
 
 
 def test_streamed_tokens_are_those_of_generate(model, recomputed):
@@ -105,3 +105,10 @@ def test_one_program_serves_every_token_and_similar_lengths(model):
 def test_bad_requests_say_what_to_do(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.slow
+def test_generation_under_a_mesh(model, recomputed):
+    with axes.use(mesh.make_mesh({"data": 1, "tensor": 2}, jax.devices()[:2]), {"kv_heads": None, "act_kv_heads": None}):
+        got = generate(model, PROMPTS, NEW, lengths_B=LENGTHS)
+    assert np.array_equal(got, recomputed)

@@ -44,7 +44,8 @@ def test_commands_exist(document):
             assert (ROOT / "configs" / f"{name}.py").exists(), f"{document}: there is no configs/{name}.py"
             assert not arg or arg in arguments(name), f"{document}: configs/{name}.py takes {arguments(name)}, not {arg!r}"
         for flag in re.findall(r"--(\w+)(?![\w.])", rest):
-            assert f'("{flag}"' in source.read_text() + (ROOT / "experiments" / "common.py").read_text(), f"{document}: experiments/{module}.py has no flag --{flag}"
+            defined = source.read_text() + (ROOT / "experiments" / "common.py").read_text()
+            assert f'("{flag}"' in defined, f"{document}: experiments/{module}.py has no flag --{flag}"
         for key in re.findall(r"--config\.([\w.]+)=", rest):
             config = load(configs[0][0] if configs else "quickstart")
             for part in key.split("."):

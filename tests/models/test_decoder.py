@@ -55,7 +55,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(fields, x64):
 
     out, logits, hidden = run(params, batch)
     z = np.asarray(hidden) @ (params["embed"].T if config.tie_embeddings else params["head"])
-    z = z * (4 / 8 if config.mup_base_width else 1.0)
+    z = z * ((4 / 8) ** 0.5 if config.mup_base_width else 1.0)  # muP: a head drawn with std width^-1/2 acts like width^-1
     z = z if config.logits_soft_cap is None else config.logits_soft_cap * np.tanh(z / config.logits_soft_cap)
     assert_close("logits", logits, z, rel=1e-12)
     ce = -np.take_along_axis(log_softmax(z), batch["targets"][..., None], axis=-1)[..., 0]
@@ -74,6 +74,15 @@ def test_tied_gradient_is_the_sum_of_both_uses(x64):
     _, both = jit(loss_and_grads(untied))({**params, "head": params["embed"].T.copy()}, {}, batch)
     assert_close("embed", grads["embed"], np.asarray(both["embed"]) + np.asarray(both["head"]).T, rel=1e-12)
     assert np.any(np.asarray(both["embed"]) != 0) and np.any(np.asarray(both["head"]) != 0)
+
+
+def test_embed_scale_multiplies_the_embedding_on_the_way_in(x64):
+    (graphdef, params, _), (scaled, _, _) = built(TINY), built(dataclasses.replace(TINY, embed_scale=8**0.5))
+    tokens = np.arange(6, dtype=np.int32)[None]
+    got, want = jit(lambda p, q: (model_state.merge(scaled, p, {})(tokens), model_state.merge(graphdef, q, {})(tokens)))(
+        params, {**params, "embed": params["embed"] * 8**0.5}
+    )
+    assert_close("logits", got, want, rel=1e-12)
 
 
 def test_initial_standard_deviation_is_one_over_root_fan_in():
@@ -145,7 +154,7 @@ def test_bfloat16_compute_is_finite_and_near_float32():
         logits = {}
         for dtype, graphdef in graphdefs.items():
             model = model_state.merge(graphdef, params, buffers)
-            logits[dtype] = model(batch["tokens"], batch["segment_ids"]), model.loss(batch, mode="eval").ce_sum
+            logits[dtype] = model(batch["tokens"], batch["segment_ids"], batch["positions"]), model.loss(batch, mode="eval").ce_sum
         return logits, loss_and_grads(graphdefs["bfloat16"], key_seed=0)(params, buffers, batch)
 
     logits, ((total, _), grads) = run(params, batch)
@@ -178,14 +187,15 @@ def test_prefill_and_steps_equal_the_whole_row(x64):
 
     first, second, last, fourth, fifth, lengths = run(params, tokens)
     assert lengths.tolist() == [12, 9, 7]
-    kept = [np.r_[tokens[b, :5][valid[b]], tokens[b, 5 : 9 if b == 1 else 10], tokens[b, 10:11][[active[b]]], tokens[b, 11:]] for b in range(3)]
+    ends = (10, 9, 10)  # of what the second and third chunk hold of each row
+    kept = [np.r_[tokens[b, :5][valid[b]], tokens[b, 5 : ends[b]], tokens[b, 10:11][[active[b]]], tokens[b, 11:]] for b in range(3)]
     rows = np.stack([np.pad(row, (0, 12 - len(row))) for row in kept])
     want = np.asarray(jit(lambda p, t: model_state.merge(graphdef, p, buffers)(t))(params, rows))
     for b in range(3):
         n = valid[b].sum()
         assert_close("prefill", np.asarray(first)[b][valid[b]], want[b, :n], rel=1e-11)
         assert_close("second prefill", np.asarray(second)[b], want[b, n : n + 3], rel=1e-11)
-        n += 4 if b == 1 else 5
+        n += ends[b] - 5
         assert_close("last_only", np.asarray(last)[b], want[b, n - 1], rel=1e-11)
         if active[b]:
             assert_close("step of active rows", np.asarray(fourth)[b], want[b, n], rel=1e-11)

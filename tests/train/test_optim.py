@@ -171,7 +171,7 @@ def test_groups_decay_and_description():
     assert sum(row["parameters"] for row in data["groups"]) == sum(x.size for x in params.values())
 
 
-def test_mup_scales_hidden_matrices_only():
+def test_mup_scales_hidden_matrices_and_tables():
     params, _ = stacked_and_unrolled(drawer(0))
     grads, _ = stacked_and_unrolled(drawer(1))
     config = {"name": "adamw", "lr": 0.1, "schedule": "constant", "weight_decay": 0.5}
@@ -179,7 +179,8 @@ def test_mup_scales_hidden_matrices_only():
     plain, _ = train(config, INFOS[0], params, [grads])
     mup, _ = train(config, INFOS[0], params, [grads], mup_width_multiplier=4)
     for p in params:
-        ratio = 0.25 if p in ("s.mixer.wq", "s.mixer.wo", "s.mlp.up", "s.mlp.router") else 1
+        hidden = p in ("s.mixer.wq", "s.mixer.wo", "s.mlp.up", "s.mlp.router")
+        ratio = 0.25 if hidden else 0.5 if "vocab" in INFOS[0][p].dim_names else 1
         step = [x[p] - params[p] - decay_only[p] for x in (mup, plain)]
         assert_close(p, step[0], ratio * step[1], rel=1e-4)
     same_training({"name": "muon", "lr": 0.02}, 1e-3, only=("embed", "up"), mup_width_multiplier=4)
