@@ -1,6 +1,5 @@
 """The contract of a channel mixer. Letters: B batch, T time, D model, E experts."""
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["losses", "load_E", "metrics"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerAux:
     """What one layer reports besides its output: weighted losses (sums over valid tokens), tokens per expert, scalar metrics."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 SCORES = {"softmax": functools.partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids_BTk", "weights_BTk", "scores_BTE", "logits_BTE"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """The choice of every token: expert ids (E = not routed), combine weights, and what they were made from."""

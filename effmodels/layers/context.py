@@ -3,18 +3,13 @@
 Letters: B batch, T time, S source time, D model.
 """
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["positions_BT", "index_BT", "segment_ids_BT", "layer", "key", "memory"],
-    meta_fields=["layout", "mode"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ctx:
     """Context of a call; frozen pytree, the last two fields static.
@@ -30,8 +25,8 @@ class Ctx:
     layer: Any = 0
     key: Any = None
     memory: Any = dataclasses.field(default_factory=dict)
-    layout: str = "contiguous"
-    mode: str = "train"
+    layout: str = dataclasses.field(default="contiguous", metadata={"static": True})
+    mode: str = dataclasses.field(default="train", metadata={"static": True})
 
     def at_layer(self, layer):
         """The context of one layer."""
@@ -52,7 +47,7 @@ class Ctx:
         return jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["x_BSD", "segment_ids_BS", "index_BS"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """A sequence that layers may attend to: activations, documents (0 = padding) and order."""

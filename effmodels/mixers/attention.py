@@ -19,7 +19,7 @@ from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k_BSKH", "v_BSKH", "index_BS"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys, values and the order index of each slot (-1: empty); a window keeps a ring of window + 1 slots."""

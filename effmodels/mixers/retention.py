@@ -22,7 +22,7 @@ from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["s_BNHP"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RetentionState:
     """The sum of decayed key-value products, float32 whatever the compute dtype; its size does not depend on the length."""

@@ -3,7 +3,6 @@
 Letters: B batch, T time, D model, V vocab, L layers, E experts.
 """
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from effmodels.parallel.axes import shard, shards
 DROPOUT_EMBED = 2  # site of Ctx.key_for
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["losses", "load_LE", "metrics"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Aux:
     """What the layers report. losses: {name: scalar}, weighted, in the unit of ce_sum (a sum over tokens). load_LE: routed choices per MoE
@@ -34,7 +33,7 @@ class Aux:
     metrics: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ce_sum", "weight_sum", "aux"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossOut:
     """Sums, so that micro-batches and devices add up: the step's loss is total_sum over everything / weight_sum over everything."""
@@ -54,14 +53,14 @@ class LossOut:
         return self.ce_sum / jnp.maximum(self.weight_sum, 1e-9)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "length_B"], meta_fields=["max_len"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
     """The mixers' states by segment and place, the number of valid tokens of each row, and how many fit."""
 
     layers: Any
     length_B: Any
-    max_len: int
+    max_len: int = dataclasses.field(metadata={"static": True})
 
 
 class Decoder(nnx.Module):
