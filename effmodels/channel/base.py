@@ -24,6 +24,7 @@ class ChannelMixer(nnx.Module):
     """
 
     Config: Any = None
+    reports_load = False  # True: every call returns a LayerAux with load_E over config.num_experts
 
     @classmethod
     def check(cls, config, env):

@@ -21,6 +21,8 @@ from effmodels.parallel.expert import expert_ffn
 class MoE(ChannelMixer):
     """y = sum over the k chosen experts of weight * expert(x), plus the shared experts (DeepSeekMoE, arXiv:2401.06066)."""
 
+    reports_load = True
+
     @dataclasses.dataclass(frozen=True)
     class Config:
         num_experts: int = 8

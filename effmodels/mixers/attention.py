@@ -49,6 +49,10 @@ class Attention(TokenMixer):
         scale: float | None = None  # None: head_dim^-1/2 (muP: 1/head_dim, tuned at the base width)
 
     @classmethod
+    def fills(cls, config, max_len):
+        return config.window is None or max_len <= config.window
+
+    @classmethod
     def check(cls, config, env):
         n, k = config.num_heads, config.num_kv_heads
         if n < 1 or (config.head_dim is not None and config.head_dim < 1):

@@ -53,6 +53,11 @@ class TokenMixer(nnx.Module):
     def check(cls, config, env):
         """Raises ConfigError when the config does not fit the model; called before anything is built."""
 
+    @classmethod
+    def fills(cls, config, max_len):
+        """Whether a state made for max_len tokens holds no more; False for a recurrent state and a whole ring, which never fill."""
+        return True
+
     def __call__(self, x_BTD, ctx):
         raise NotImplementedError
 

@@ -48,6 +48,10 @@ class Retention(TokenMixer):
         chunk: int | None = None  # tokens per chunk of the chunkwise form; None: the kernel's choice
 
     @classmethod
+    def fills(cls, config, max_len):
+        return False
+
+    @classmethod
     def check(cls, config, env):
         n = config.num_heads
         for field in ("num_heads", "head_dim", "value_dim", "chunk"):
@@ -149,7 +153,7 @@ class Retention(TokenMixer):
         )
 
 
-COST_CHUNK = 128  # tokens per chunk that FLOP counts assume where the config leaves the choice to the kernel
+COST_CHUNK = 64  # tokens per chunk that FLOP counts assume where the config leaves the choice to the kernel
 DECAYS = {
     # torchscale: gamma_h = 1 - 2^(-5 - h).
     "torchscale": lambda n: 1.0 - 2.0 ** (-5.0 - np.arange(n)),

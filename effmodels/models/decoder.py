@@ -189,6 +189,8 @@ class Decoder(nnx.Module):
 
     def _check_room(self, state, new_tokens):
         """A full cache is an error on the host; inside jit the lengths are unknown and the caller keeps count."""
+        if not any(kind.mixer.cls.fills(kind.mixer.config, state.max_len) for kind in self.resolved.layers):
+            return
         longest = jnp.max(state.length_B + new_tokens)
         if not isinstance(longest, jax.core.Tracer) and int(longest) > state.max_len:
             raise ValueError(
@@ -207,7 +209,7 @@ def _aux_rows(segs):
     layers = []
     for s, segment in enumerate(segs):
         for p, block in enumerate(segment.blocks):
-            if hasattr(block.channel.config, "num_experts"):
+            if block.channel.reports_load:
                 layers += [(segment.start + r * segment.period + p, (s, p)) for r in range(segment.repeats)]
     rows = {}
     for row, (_, place) in enumerate(sorted(layers)):

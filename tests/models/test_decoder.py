@@ -259,3 +259,16 @@ def test_moe_metrics_and_bias_updates_follow_absolute_layers():
         load = np.asarray(aux.load_LE)[row, :E]
         got = np.asarray(updated[path]) if index is None else np.asarray(updated[path])[index]
         assert np.array_equal(got, (0.5 if E == 3 else 0.25) * np.sign(load.mean() - load)), f"layer {layer}"
+
+
+def test_states_that_never_fill_go_on():
+    """A recurrent state and a whole ring take more than max_len tokens, and still equal the full pass; a ring cut short fills."""
+    fields = {"vocab_size": 17, "d_model": 16, "num_layers": 2, "pattern": ("retention", "local"), "compute_dtype": "float32"}
+    local = {"kind": "attention", "num_heads": 2, "window": 3}
+    model = Decoder(fields | {"mixers": {"retention": {"num_heads": 2}, "local": local}}, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(12)[None] % 17
+    _, state = model.prefill(tokens[:, :8], model.init_state(1, 8))
+    logits, _ = model.prefill(tokens[:, 8:], state)
+    assert_close("logits", logits, model(tokens)[:, 8:], rel=1e-5)
+    with pytest.raises(ValueError, match="holds max_len=3"):
+        model.prefill(tokens, model.init_state(1, 3))
