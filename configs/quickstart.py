@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/quickstart.py
 
-About two minutes on two CPU cores; ends near 2.06 bits per byte on files never trained on (gzip -9: 2.14, unigram: 4.51). `:test` is the same model cut down to seconds, for the tests.
+About two minutes on two CPU cores; ends near 2.06 bits per byte on files never trained on (gzip -9: 2.14, unigram: 4.51).
+`:test` is the same model cut down to seconds, for the tests.
 """
 from configs import common
 

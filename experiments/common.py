@@ -41,9 +41,11 @@ def _restart_with_huge_pages():
 
 def _check_config_file():
     """A config file that is not there is only noticed on use, with a traceback; this says it at once."""
+    if not flags.FLAGS["config"].present:
+        return
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    path = str(name or "").partition(":")[0]
-    if path and not os.path.exists(path):
+    path = str(name).partition(":")[0]
+    if not os.path.exists(path):
         there = ", ".join(sorted(str(p) for p in pathlib.Path("configs").glob("[!_]*.py"))) or "none in this folder"
         sys.exit(f"error: --config={name}: there is no file {path}. Configs here: {there}.")
 
