@@ -81,31 +81,23 @@ class Setup:
         self.peak = metrics.peak_flops(self.devices[0].device_kind)
         self.accumulation = self._choose_accumulation()
         self.functions = step.make_step(self.model, self.optimizer, self.schedule, c.seed, c.train.accumulate_dtype, sequential)
-        self.compiled, self.prepared = {}, {}
+        self.compiler, self.compiling, self.prepared = concurrent.futures.ThreadPoolExecutor(1), {}, {}
 
     def start(self):
-        """Compiles the first stage's programs while its data is prepared; checks that the vocabulary fits."""
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            first = self.ramp.seq_len_at(0)
-            compiling = pool.submit(self.programs, first)
-            self.data(first)
-            for stage in self.lengths.stages:
-                self.data(stage.seq_len)
-            compiling.result()
+        """Compiles the first stage's programs while all data is prepared; those of later stages follow in the background.
+
+        Raises ConfigError when the vocabulary does not fit.
+        """
+        for stage in self.lengths.stages:
+            self._submit(stage.seq_len)
+        for stage in self.lengths.stages:
+            self.data(stage.seq_len)
+        self.programs(self.lengths.stages[0].seq_len)
 
     def programs(self, seq_len):
-        """The compiled `Programs` of a sequence length; compiled on first use, with a line on the console."""
-        if seq_len not in self.compiled:
-            start = time.perf_counter()
-            with self.context():
-                self.compiled[seq_len] = self._compile(seq_len)
-            seconds = time.perf_counter() - start
-            program = self.compiled[seq_len].train_step or self.compiled[seq_len].micro_step
-            self.log(
-                f"compiled {'one step' if self.accumulation == 'scan' else 'micro_step and apply_step'} for sequences of {seq_len} in "
-                f"{seconds:.1f} s; temporaries {budget.temp_bytes(program) / 1e6:,.0f} MB per device"
-            )
-        return self.compiled[seq_len]
+        """The compiled `Programs` of a sequence length; waits for the compiler if it is not done."""
+        self._submit(seq_len)
+        return self.compiling[seq_len].result()
 
     def data(self, seq_len):
         """The prepared data of a sequence length; ConfigError when the vocabulary is larger than the model's."""
@@ -155,6 +147,20 @@ class Setup:
         c = self.config
         executed = budget.step_flops(c.model, c.seq_len, c.batch_size, c.train.remat)[1]
         return executed / budget.flops_per_second(self.peak) / max(1, jax.process_count())
+
+    def _submit(self, seq_len):
+        if seq_len not in self.compiling:
+            self.compiling[seq_len] = self.compiler.submit(self._compile_and_tell, seq_len)
+
+    def _compile_and_tell(self, seq_len):
+        start = time.perf_counter()
+        with self.context():  # the mesh in force belongs to a thread
+            programs = self._compile(seq_len)
+        what = "one step" if self.accumulation == "scan" else "micro_step and apply_step"
+        megabytes = budget.temp_bytes(programs.train_step or programs.micro_step) / 1e6
+        seconds = time.perf_counter() - start
+        self.log(f"compiled {what} for sequences of {seq_len} in {seconds:.1f} s; temporaries {megabytes:,.0f} MB per device")
+        return programs
 
     def _init(self, key):
         return step.init_state(functools.partial(_build, self.config.model), self.optimizer, key)
