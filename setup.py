@@ -22,7 +22,7 @@ BASE = [
     "rich>=14",
 ]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "jupytext>=1.16", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6",
-        "matplotlib>=3.8"]
+        "matplotlib>=3.8", "tensorboard>=2.20,<3", "sentencepiece>=0.2.1,<0.3"]
 
 setup(
     name="effmodels",
@@ -43,6 +43,6 @@ setup(
         "sentencepiece": ["sentencepiece>=0.2.1,<0.3"],
         "notebook": ["matplotlib>=3.8"],
         "test": TEST,
-        "dev": TEST + ["tensorboard>=2.20,<3", "sentencepiece>=0.2.1,<0.3"],
+        "dev": TEST,
     },
 )

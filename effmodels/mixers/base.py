@@ -39,6 +39,14 @@ class Cost:
         if self.active_params is None:
             object.__setattr__(self, "active_params", self.params)
 
+    def plus_matrix(self, params, seq_len):
+        """The cost with one more matrix that every token is multiplied with."""
+        once, row = 2 * params, 2 * params * seq_len
+        return dataclasses.replace(
+            self, params=self.params + params, active_params=self.active_params + params, flops=self.flops + row,
+            dense_flops=self.dense_flops + row, decode_flops=self.decode_flops + once,
+        )  # fmt: skip
+
 
 class TokenMixer(nnx.Module):
     """Base of all token mixers; a subclass has a frozen dataclass `Config`, and `__init__(self, config, env, *, rngs)`.

@@ -82,10 +82,14 @@ class Retention(TokenMixer):
     def retain(self, x_BTD, ctx):
         """The retention itself, before head norm and gate: [B, T, N, P]."""
         q, k, v = self._project(x_BTD, ctx)
-        log_decay_N = jnp.asarray(log_decays(self.config), jnp.promote_types(q.dtype, jnp.float32))
         return ops.retention(
-            q, k, v, log_decay_N, segment_ids=ctx.segment_ids_BT, scale=1.0, chunk_size=self.config.chunk, implementation=self._kernel()
+            q, k, v, self.log_decay(x_BTD), segment_ids=ctx.segment_ids_BT, scale=1.0,
+            chunk_size=self.config.chunk, implementation=self._kernel(),
         )  # fmt: skip
+
+    def log_decay(self, x_BTD):
+        """log(gamma) <= 0, at least float32: [N], or [B, T, N] in a subclass whose decay depends on the token."""
+        return jnp.asarray(log_decays(self.config), jnp.promote_types(x_BTD.dtype, jnp.float32))
 
     def init_state(self, batch, max_len, dtype):
         H, P = _dims(self.config, self.env)
@@ -94,7 +98,7 @@ class Retention(TokenMixer):
 
     def prefill(self, x_BTD, ctx, state, valid_BT=None):
         q, k, v = self._project(x_BTD, ctx)
-        log_decay = jnp.asarray(log_decays(self.config), state.s_BNHP.dtype)
+        log_decay = self.log_decay(x_BTD).astype(state.s_BNHP.dtype)
         if valid_BT is not None:  # an invalid token neither decays the state nor writes to it
             k = jnp.where(valid_BT[..., None, None], k, 0)
             log_decay = jnp.where(valid_BT[..., None], log_decay, 0)
@@ -108,8 +112,9 @@ class Retention(TokenMixer):
         """The recurrent form, equation 6: S = gamma S + k^T v, y = q S."""
         x_BTD = x_BD[:, None]
         q, k, v = (a[:, 0].astype(state.s_BNHP.dtype) for a in self._project(x_BTD, ctx))
-        gamma_N = jnp.exp(jnp.asarray(log_decays(self.config), state.s_BNHP.dtype))
-        s_BNHP = gamma_N[:, None, None] * state.s_BNHP + k[..., :, None] * v[..., None, :]
+        log_decay = self.log_decay(x_BTD).astype(state.s_BNHP.dtype)
+        gamma = jnp.exp(log_decay if log_decay.ndim == 1 else log_decay[:, 0])
+        s_BNHP = gamma[..., None, None] * state.s_BNHP + k[..., :, None] * v[..., None, :]
         if active_B is not None:
             s_BNHP = jnp.where(active_B[:, None, None, None], s_BNHP, state.s_BNHP)
         y_BNP = jnp.einsum("BNH,BNHP->BNP", q, s_BNHP)

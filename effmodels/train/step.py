@@ -135,5 +135,7 @@ def _metrics(sums, scale, grad_norm, squares, lr, micro_batches):
     if sums.load_LE is not None:
         mean_L = jnp.mean(sums.load_LE, axis=-1)
         metrics["moe_max_violation"] = jnp.max(sums.load_LE, axis=-1) / jnp.maximum(mean_L, 1e-9) - 1.0
+        # Shares of each layer's routed choices, [L, E].
+        metrics["moe_load"] = sums.load_LE / jnp.maximum(jnp.sum(sums.load_LE, axis=-1, keepdims=True), 1.0)
         metrics["moe_drop_fraction"] = sums.drop_L / micro_batches
     return metrics

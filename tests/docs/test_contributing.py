@@ -34,6 +34,20 @@ def ema(tmp_path, monkeypatch):
     del sys.modules["contributed_ema"]
 
 
+def test_the_short_one_keeps_the_mixer_contract(tmp_path, monkeypatch, x64):
+    """A subclass in fifteen lines: as it stands in the document."""
+    (tmp_path / "contributed_gated.py").write_text(code_block("CONTRIBUTING.md", "short mixer file"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MIXERS, "gated_retention", "contributed_gated:GatedRetention")
+    fields = {"num_heads": 2, "head_dim": 4, "value_dim": 6}
+    contract.test_prefill_chunks_and_steps_equal_call("gated_retention", fields)
+    contract.test_causality_packing_and_gradients("gated_retention", fields)
+    config = {"vocab_size": 32, "d_model": 16, "num_layers": 2, "pattern": ("gated_retention",), "mixers": {"gated_retention": fields}}
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    assert model_state.num_params(model) == cost(config, 16).params
+    del sys.modules["contributed_gated"]
+
+
 def test_it_keeps_the_mixer_contract(ema, x64):
     contract.test_prefill_chunks_and_steps_equal_call("ema", {})
     contract.test_causality_packing_and_gradients("ema", {"decay": 0.7})

@@ -63,6 +63,9 @@ def assert_same_run(one, other):
 def test_resumed_equals_straight_bit_for_bit(config, tmp_path):
     result = train(config, tmp_path / "straight", devices=ONE, log=lambda *_: None)
     assert result["step"] == 6 and np.isfinite(result["bits_per_byte"])
+    record = next(r for r in metrics.read(tmp_path / "straight") if "moe_load" in r)
+    assert np.shape(record["moe_load"]) == (1, 4) and np.isclose(np.sum(record["moe_load"]), 1)  # one MoE layer of four experts
+    assert len(record["moe_max_violation"]) == len(record["moe_drop_fraction"]) == 1
 
     class StopAfter(Exception):
         pass
