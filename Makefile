@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow aot aot_slow lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.train --config=configs/quickstart.py
@@ -16,6 +16,13 @@ test: $(VENV)/.installed-test
 # The long rest; SLOW_SHARD=k/n runs the k-th of n parts.
 slow: $(VENV)/.installed-test
 	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Every TPU kernel through the TPU compiler, without a TPU (installs it: half a gigabyte).
+aot: $(VENV)/.installed-plan
+	$(BIN)/python -m pytest -n 2 --dist=load -m aot $(PYTEST_ARGS)
+
+aot_slow: $(VENV)/.installed-plan
+	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -n 2 --dist=load -m "aot and slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -32,6 +39,10 @@ $(VENV)/.installed: setup.py $(VENV)/.python
 $(VENV)/.installed-test: setup.py $(VENV)/.python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-plan: setup.py $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,plan]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

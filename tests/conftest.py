@@ -5,8 +5,9 @@ Everything here happens before jax is imported for the first time.
 import hashlib
 import os
 import pathlib
+import re
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # on a GPU: JAX_PLATFORMS=cuda python -m pytest -m gpu
 # An absolute bound on the thread pool: interpreted kernels with callbacks can exhaust a pool sized by two cores (jax 0.10).
 os.environ.setdefault("NPROC", "8")
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -39,19 +40,29 @@ def x64():
 CORE = ("contract", "parallel", "layers", "mixers", "channel", "models", "decode", "pallas_kernels", "train")
 
 
+# Tests that need something a plain install has not: they run only when `-m` names their marker.
+NEED = ("aot", "gpu_compile", "gpu")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Marks the core tests; leaves slow ones out unless SLOW_SHARD=k/n asks for the k-th of n parts."""
-    kept, left_out, shard = [], [], os.environ.get("SLOW_SHARD")
+    """Marks the core tests; leaves slow ones out unless SLOW_SHARD=k/n asks for the k-th of n parts, and NEED unless asked for by name."""
+    kept, left_out = [], []
     for item in items:
         if pathlib.Path(item.path).parent.name in CORE:
             item.add_marker("core")
-        slow = item.get_closest_marker("slow") is not None
-        wanted = not slow if shard is None else slow and _in_shard(item.nodeid, shard)
         # A test named on the command line runs whatever its marks.
         named = any("::" in arg for arg in config.args)
-        (kept if wanted or named else left_out).append(item)
+        (kept if named or _wanted(item, config.getoption("-m")) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def _wanted(item, expression):
+    asked = set(re.findall(r"\w+", expression or ""))
+    if any(item.get_closest_marker(name) and name not in asked for name in NEED):
+        return False
+    slow, shard = item.get_closest_marker("slow") is not None, os.environ.get("SLOW_SHARD")
+    return not slow if shard is None else slow and _in_shard(item.nodeid, shard)
 
 
 def _in_shard(nodeid, shard):

@@ -26,3 +26,22 @@ def assert_trees_close(got, want, rel, floor=0.0):
     assert got_tree == want_tree, f"structures differ:\n{got_tree}\n{want_tree}"
     for (path, g), (_, w) in zip(got_leaves, want_leaves):
         assert_close(jax.tree_util.keystr(path), g, w, rel, floor)
+
+
+def assert_as_accurate(name, got, want, naive, *, gradient=False, floor=0.0):
+    """The two rules of the kernels: close to the float64 oracle `want`, and at most twice as far from it as a naive implementation.
+
+    Args:
+      got: the kernel's tensor; its dtype decides the bounds: float32 1e-5; bfloat16 4e-3, its gradients max(4e-3, twice naive).
+      naive: the plain implementation's tensor in the same dtype of inputs.
+      floor: 2^-8 times the RMS of the terms that sum to `want`, so that a true zero does not cry wolf.
+    """
+    half = jax.numpy.dtype(got.dtype).itemsize == 2
+    naive_error = relative_rms(naive, want, floor)
+    bound = 4e-3 if half else 1e-5
+    if half and gradient:
+        bound = max(bound, 2 * naive_error)
+    assert_close(name, got, want, bound, floor)
+    noise = 2 * float(jax.numpy.finfo(got.dtype).eps)
+    error = relative_rms(got, want, floor)
+    assert error <= 2 * naive_error + noise, f"{name}: error {error:.3e} is more than twice the naive implementation's {naive_error:.3e}"

@@ -5,11 +5,9 @@ B batch, T query, S key, N heads, K kv heads (K divides N), H head dim, P value 
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.flash_attention import reference, xla
 from pallas_kernels.flash_attention.mask import Index, Spec
 
 _OP = "flash_attention"
-_ATTEND = {"reference": reference.attend, "xla": xla.attend}
 
 
 def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_window_size=None, global_tokens=0, segment_ids=None,
@@ -35,7 +33,7 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
       scale: None is H ** -0.5.
       return_residual: also return logsumexp [B,T,N] float32 (float64 for float64 inputs), sink included; differentiable.
       implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
-      interpret: for Pallas kernels.
+      interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
     Returns:
       out [B,T,N,P] in the query's dtype, or (out, residual).
@@ -49,9 +47,8 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
     sinks = None if sinks is None else jnp.asarray(sinks)
     spec = _spec(query_BTNH.shape[-1], is_causal, local_window_size, global_tokens, logits_soft_cap, scale)
     index = _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions)
-    name = dispatch.choose(_OP, implementation, interpret)
-    query_BTNH, key_BSKH, value_BSKP = (jnp.asarray(x) for x in (query_BTNH, key_BSKH, value_BSKP))
-    out_BTNP, lse_BTN = _ATTEND[name](query_BTNH, key_BSKH, value_BSKP, index, sinks, spec)
+    arguments = (*(jnp.asarray(x) for x in (query_BTNH, key_BSKH, value_BSKP)), index, sinks, spec)
+    out_BTNP, lse_BTN = dispatch.pick(_OP, "attend", implementation, interpret, arguments)(*arguments)
     return (out_BTNP, lse_BTN) if return_residual else out_BTNP
 
 

@@ -5,10 +5,8 @@ M rows sorted by expert, K in, N out, E experts.
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.grouped_matmul import reference, xla
 
 _OP = "grouped_matmul"
-_MULTIPLY = {"reference": reference.multiply, "xla": xla.multiply}
 
 
 def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, implementation=None, interpret=None):
@@ -23,7 +21,7 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
       group_sizes_E: int [E].
       rhs_scale_EN: floating; matrix e is rhs[e] * rhs_scale[e]. Differentiable; int8 values are not.
       implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
-      interpret: for Pallas kernels.
+      interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
     >>> import jax.numpy as jnp
     >>> grouped_matmul(jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([1, 1])).tolist()
@@ -46,5 +44,5 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
     if rhs_scale_EN is not None:
         checks.shape(_OP, "rhs_scale_EN", rhs_scale_EN, (E, N), "E and N of rhs_EKN")
         checks.floating(_OP, "rhs_scale_EN", rhs_scale_EN)
-    operands = (None if x is None else jnp.asarray(x) for x in (lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN))
-    return _MULTIPLY[dispatch.choose(_OP, implementation, interpret)](*operands)
+    arguments = tuple(None if x is None else jnp.asarray(x) for x in (lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN))
+    return dispatch.pick(_OP, "multiply", implementation, interpret, arguments)(*arguments)

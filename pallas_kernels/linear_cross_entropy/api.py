@@ -5,10 +5,8 @@ T tokens, D model, V vocab.
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.linear_cross_entropy import reference, xla
 
 _OP = "linear_cross_entropy"
-_COMPUTE = {"reference": reference.lse_and_label_logit, "xla": xla.lse_and_label_logit}
 
 
 def linear_cross_entropy(x_TD, w, labels_T, *, w_layout="DV", weights_T=None, z_loss=0.0, logits_soft_cap=None, implementation=None,
@@ -26,7 +24,7 @@ def linear_cross_entropy(x_TD, w, labels_T, *, w_layout="DV", weights_T=None, z_
       z_loss: coefficient, a Python number.
       logits_soft_cap: logits become cap * tanh(logit / cap).
       implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
-      interpret: for Pallas kernels.
+      interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
     >>> import jax.numpy as jnp
     >>> loss_T, lse_T = linear_cross_entropy(jnp.zeros((2, 3)), jnp.ones((3, 4)), jnp.array([1, 7]))
@@ -52,12 +50,8 @@ def linear_cross_entropy(x_TD, w, labels_T, *, w_layout="DV", weights_T=None, z_
     checks.number(_OP, "z_loss", z_loss)
     if logits_soft_cap is not None:
         checks.number(_OP, "logits_soft_cap", logits_soft_cap, positive=True)
-    x_TD, w, labels_T = (jnp.asarray(x) for x in (x_TD, w, labels_T))
-    name = dispatch.choose(_OP, implementation, interpret)
-    if name == "reference" and w_layout == "VD":
-        w = w.T
-    args = (w_layout,) if name == "xla" else ()
-    lse_T, label_logit_T = _COMPUTE[name](x_TD, w, labels_T, logits_soft_cap, *args)
+    arguments = (*(jnp.asarray(x) for x in (x_TD, w, labels_T)), logits_soft_cap, w_layout)
+    lse_T, label_logit_T = dispatch.pick(_OP, "lse_and_label_logit", implementation, interpret, arguments)(*arguments)
     loss_T = lse_T - label_logit_T
     if z_loss:
         loss_T = loss_T + z_loss * lse_T**2

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from pallas_kernels.checks import accumulator
 
 
-def lse_and_label_logit(x_TD, w_DV, labels_T, soft_cap):
+def lse_and_label_logit(x_TD, w, labels_T, soft_cap, w_layout):
     """(logsumexp [T], logit of the label [T], 0 where the label is outside [0, V))."""
     dtype = accumulator(x_TD.dtype)
+    w_DV = w if w_layout == "DV" else w.T
     logits_TV = jnp.einsum("td,dv->tv", x_TD.astype(dtype), w_DV.astype(dtype), precision="highest")
     if soft_cap is not None:
         logits_TV = soft_cap * jnp.tanh(logits_TV / soft_cap)

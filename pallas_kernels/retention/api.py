@@ -5,10 +5,8 @@ B batch, T time, N heads, H head dim, P value dim.
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.retention import reference, xla
 
 _OP = "retention"
-_RETAIN = {"reference": reference.retain, "xla": xla.retain}
 
 
 def retention(query_BTNH, key_BTNH, value_BTNP, log_decay, *, initial_state=None, output_final_state=False, return_summary=False,
@@ -29,7 +27,7 @@ def retention(query_BTNH, key_BTNH, value_BTNP, log_decay, *, initial_state=None
       chunk_size: tokens of a chunk, or None for the measured default.
       scale: None is H ** -0.5.
       implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
-      interpret: for Pallas kernels.
+      interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
     Returns:
       out [B,T,N,P] in the query's dtype; then the final state if asked; then the summary if asked.
@@ -42,9 +40,9 @@ def retention(query_BTNH, key_BTNH, value_BTNP, log_decay, *, initial_state=None
     _check(query_BTNH, key_BTNH, value_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)
     query_BTNH, key_BTNH, value_BTNP, log_decay = (jnp.asarray(x) for x in (query_BTNH, key_BTNH, value_BTNP, log_decay))
     initial_state, segment_ids = (None if x is None else jnp.asarray(x) for x in (initial_state, segment_ids))
-    retain = _RETAIN[dispatch.choose(_OP, implementation, interpret)]
     scale = query_BTNH.shape[-1] ** -0.5 if scale is None else float(scale)
-    out_BTNP, state, summary = retain(query_BTNH, key_BTNH, value_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)
+    arguments = (query_BTNH, key_BTNH, value_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)
+    out_BTNP, state, summary = dispatch.pick(_OP, "retain", implementation, interpret, arguments)(*arguments)
     extra = (state,) * bool(output_final_state) + (summary,) * bool(return_summary)
     return (out_BTNP, *extra) if extra else out_BTNP
 
