@@ -1,0 +1,33 @@
+"""Times by the schedule that the TPU compiler makes, each contestant compiled in a process of its own (`effmodels.plan.schedule`)."""
+import dataclasses
+
+import jax
+import numpy as np
+
+from effmodels.plan import schedule
+from experiments.kernels import cases, contestants
+
+
+def measure(case, contestant, generation):
+    """Milliseconds of the whole program on one chip, and how its costliest kernel uses the units; raises what the compiler raises."""
+    arguments = {"contestant": contestant, "case": dataclasses.asdict(case)}
+    report = schedule.measure("experiments.kernels.static:program", arguments, generation=generation)
+    result = {"milliseconds": report.microseconds / 1e3, "cycles": round(report.cycles), "temporary_bytes": report.temp_bytes}
+    if report.kernels:
+        main = max(report.kernels, key=lambda k: k.cycles)
+        result |= {
+            "mxu_share": round(main.slots["MXU"], 3),
+            "mxu_share_hottest": round(main.hot.slots["MXU"], 3),
+            "kernels": {k.name: round(k.cycles) for k in report.kernels},
+            "trips": [list(loop.trips) for loop in main.loops[:1]],
+        }
+    return result
+
+
+def program(contestant, case):
+    """(f, arguments) in the child process. Group sizes are given by value: control flow hangs on them."""
+    case = cases.Case(**{**case, "shape": tuple(map(tuple, case["shape"]))})
+    f, arguments = contestants.build(contestant, case)
+    if case.op == "grouped_matmul":
+        arguments = [*arguments[:2], cases.group_sizes(**dict(case.shape))]
+    return f, [x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments]
