@@ -15,7 +15,7 @@ test: $(VENV)/.installed-test
 
 # The long rest; SLOW_SHARD=k/n runs the k-th of n parts.
 slow: $(VENV)/.installed-test
-	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -n 2 --dist=loadfile -m slow $(PYTEST_ARGS)
 
 # Every TPU kernel through the TPU compiler, without a TPU (installs it: half a gigabyte).
 aot: $(VENV)/.installed-plan

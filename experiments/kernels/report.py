@@ -25,14 +25,18 @@ def add_ratios(rows):
     """Each row's time over that of our best implementation for the same case (in the order of OURS)."""
     by_case = {}
     for r in rows:
-        if "milliseconds" in r:
-            by_case.setdefault(_case(r), {})[r["contestant"]] = r["milliseconds"]
+        if _time(r):
+            by_case.setdefault(_case(r), {})[r["contestant"]] = _time(r)
     for r in rows:
         times = by_case.get(_case(r), {})
         ours = next((times[name] for name in OURS if name in times), None)
-        if ours and "milliseconds" in r:
-            r["ratio"] = round(r["milliseconds"] / ours, 3)
+        if ours and _time(r):
+            r["ratio"] = round(_time(r) / ours, 3)
     return rows
+
+
+def _time(r):
+    return r.get("milliseconds", r.get("cycles"))
 
 
 def _case(r):
@@ -51,8 +55,9 @@ def lines(rows):
             yield f"  {r['contestant']:26s} no figure: {r['error']}"
             continue
         extra = "".join(f"  {name.replace('_', ' ')} {r[name]}" for name in ("mxu_share", "temporary_bytes") if r.get(name) is not None)
-        yield (f"  {r['contestant']:26s} {r['milliseconds']:10.4g} ms  roofline {r.get('roofline_share', 0):6.1%}  "
-               f"{r.get('ratio', float('nan')):6.2f} x ours{extra}")
+        time = f"{r['milliseconds']:10.4g} ms" if "milliseconds" in r else f"{r['cycles']:12,} issue cycles"
+        share = f"  roofline {r['roofline_share']:6.1%}" if "roofline_share" in r else ""
+        yield f"  {r['contestant']:26s} {time}{share}  {r.get('ratio', float('nan')):6.2f} x ours{extra}"
 
 
 def write(path, header, rows):
