@@ -1,4 +1,6 @@
 """Matrix products of the `xla` forms: operands as they come, sums in the accumulator's dtype."""
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -10,11 +12,13 @@ def product(equation, x, y, dtype):
     some layouts of such a product are not implemented there ("DotThunk BF16 x BF16 = F32", jax 0.10 and 0.12), and which ones are chosen
     depends on what the compiler fuses around them.
     """
+    # Float32 operands are multiplied as such: the default of a TPU rounds them to bfloat16, that of a GPU to tf32.
+    multiply = functools.partial(jnp.einsum, equation, precision="highest")
     if x.dtype == y.dtype == dtype:
-        return jnp.einsum(equation, x, y)
+        return multiply(x, y)
 
     def widened(x, y):
-        return jnp.einsum(equation, x.astype(dtype), y.astype(dtype))
+        return multiply(x.astype(dtype), y.astype(dtype))
 
     def as_they_are(x, y):
         return jnp.einsum(equation, x, y, preferred_element_type=dtype)

@@ -71,7 +71,11 @@ def _used_rows(x_MK, group_sizes_E):
 
 def _rows_ragged_dot(lhs_MK, rhs_EKN, group_sizes_E):
     lhs_MK = _used_rows(lhs_MK, group_sizes_E)
-    return jax.lax.ragged_dot(lhs_MK, rhs_EKN.astype(lhs_MK.dtype), group_sizes_E, preferred_element_type=accumulator(lhs_MK.dtype))
+    # "highest": float32 rows are not rounded to bfloat16 on a TPU.
+    precision = "highest" if lhs_MK.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(
+        lhs_MK, rhs_EKN.astype(lhs_MK.dtype), group_sizes_E, precision=precision, preferred_element_type=accumulator(lhs_MK.dtype)
+    )
 
 
 def _matrices_ragged_dot(lhs_MK, dout_MN, group_sizes_E):

@@ -128,4 +128,4 @@ def _outputs(q_BNnCH, k_BNnCH, v_BNnCP, before_BNnHP, decay, scale, dtype):
     inside_BNnCP = product("bNnts,bNnsp->bNntp", scores_BNnts, v_BNnCP, dtype)
     # The state stays in the accumulator's dtype: it is the long memory.
     reading_BNnCH = q_BNnCH.astype(dtype) * (scale * jnp.exp(decay.from_start_bNnC))[..., None]
-    return inside_BNnCP + jnp.einsum("bNnth,bNnhp->bNntp", reading_BNnCH, before_BNnHP)
+    return inside_BNnCP + product("bNnth,bNnhp->bNntp", reading_BNnCH, before_BNnHP, dtype)

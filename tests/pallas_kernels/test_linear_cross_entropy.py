@@ -100,7 +100,7 @@ X, W, Y = jnp.zeros((4, 3)), jnp.zeros((3, 5)), jnp.zeros(4, jnp.int32)
     ((X, W.astype(jnp.bfloat16), Y), {}, TypeError, "w has dtype bfloat16 but x_TD has float32; cast one"),
     ((X, W, Y), dict(weights_T=jnp.zeros(2)), ValueError, r"weights_T must have shape \(4,\)"),
     ((X, W, Y), dict(z_loss=jnp.zeros(())), TypeError, "z_loss must be a Python number"),
-    ((X, W, Y), dict(implementation="pallas_tpu"), NotImplementedError, r"linear_cross_entropy\[pallas_tpu\]: .* Use implementation='xla'"),
+    ((X, W, Y), dict(implementation="pallas_gpu"), NotImplementedError, r"linear_cross_entropy\[pallas_gpu\]: .* Use implementation='xla'"),
 ])
 def test_bad_input_is_refused(args, kwargs, error, message):
     with pytest.raises(error, match=message):

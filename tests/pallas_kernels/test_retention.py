@@ -179,7 +179,7 @@ def test_causality_is_exact():
     (dict(segment_ids=jnp.zeros((1, 5), int)), ValueError, r"segment_ids must have shape \(1, 4\)"),
     (dict(chunk_size=0), ValueError, "chunk_size must be >= 1, got 0"),
     (dict(chunk_size=2.5), TypeError, "chunk_size must be a Python integer"),
-    (dict(implementation="pallas_tpu"), NotImplementedError, r"retention\[pallas_tpu\]: .* Use implementation='xla'"),
+    (dict(implementation="pallas_gpu"), NotImplementedError, r"retention\[pallas_gpu\]: .* Use implementation='xla'"),
 ])
 def test_bad_input_is_refused(change, error, message):
     x = jnp.zeros((1, 4, 2, 8))
