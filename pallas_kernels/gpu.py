@@ -23,7 +23,8 @@ LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 # By name because the driver gives names. GH200 is Hopper next to a Grace CPU.
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_MINIMUM_JAX = (0, 11)  # TEMP
+# The GPU interpreter of jax 0.11 wants the last completion of every barrier to be waited for; nobody waits for the last slots of a ring.
+_OLDEST_JAX, _OLDEST_INTERPRETING_JAX = (0, 11, 2), (0, 12)
 
 
 def mosaic():
@@ -36,10 +37,12 @@ def mosaic():
 def unsupported_here():
     """Why no GPU kernel of this library runs in the program being traced, or None."""
     here = target()
-    if jax.__version_info__[:2] < _MINIMUM_JAX:
-        what = "its Mosaic GPU kernels were compiled with newer ones only" if here.platform == "gpu" else "it has no GPU interpreter"
-        return f"jax {jax.__version__} is below {'.'.join(map(str, _MINIMUM_JAX))}: {what}"
-    if here.platform == "gpu" and not any(name in here.kind.replace("-", " ").split() for name in HOPPER):
+    on_gpu = here.platform == "gpu"
+    oldest = _OLDEST_JAX if on_gpu else _OLDEST_INTERPRETING_JAX
+    if jax.__version_info__ < oldest:
+        why = "older than all that these kernels were compiled with" if on_gpu else "it has no GPU interpreter that runs them"
+        return f"jax {jax.__version__} is below {'.'.join(map(str, oldest))}: {why}"
+    if on_gpu and not any(name in here.kind.replace("-", " ").split() for name in HOPPER):
         return f"it needs a Hopper GPU (wgmma: {', '.join(HOPPER)}), this is {here.kind}"
     return None
 
@@ -102,14 +105,14 @@ def iota(shape, axis):
     return mosaic().broadcasted_iota(jnp.int32, shape, axis, layout=mosaic().Layout.WGMMA)
 
 
-def load_rows(ref):
-    """Values of one axis, one per row of a tile."""
-    return mosaic().load(ref, layout=mosaic().Layout.WGMMA.reduce(1))
+def load_rows(ref, shared=True):
+    """Values of one axis, one per row of a tile. `shared`: from shared memory; else from global memory, which "optimized" excludes."""
+    return mosaic().load(ref, layout=mosaic().Layout.WGMMA.reduce(1), optimized=shared)
 
 
-def load_columns(ref):
+def load_columns(ref, shared=True):
     """Values of one axis, one per column of a tile."""
-    return mosaic().load(ref, layout=mosaic().Layout.WGMMA.reduce(0))
+    return mosaic().load(ref, layout=mosaic().Layout.WGMMA.reduce(0), optimized=shared)
 
 
 def store(ref, value):

@@ -54,7 +54,8 @@ def lines(rows):
         if "error" in r:
             yield f"  {r['contestant']:26s} no figure: {r['error']}"
             continue
-        extra = "".join(f"  {name.replace('_', ' ')} {r[name]}" for name in ("mxu_share", "temporary_bytes") if r.get(name) is not None)
+        names = ("kernels_milliseconds", "mxu_share", "temporary_bytes")
+        extra = "".join(f"  {name.replace('_', ' ')} {r[name]:.4g}" for name in names if r.get(name) is not None)
         time = f"{r['milliseconds']:10.4g} ms" if "milliseconds" in r else f"{r['cycles']:12,} issue cycles"
         share = f"  roofline {r['roofline_share']:6.1%}" if "roofline_share" in r else ""
         yield f"  {r['contestant']:26s} {time}{share}  {r.get('ratio', float('nan')):6.2f} x ours{extra}"

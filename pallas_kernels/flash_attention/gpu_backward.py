@@ -114,7 +114,7 @@ def _query_gradient(spec, interpret, arrays, ids, shape):
             q, do = q_smem.at[wg], do_smem.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[own], q, own_barrier.at[wg])
             plgpu.copy_gmem_to_smem(do_ref.at[own], do, own_barrier.at[wg])
-            lse, delta = (gpu.load_rows(ref.at[b, n, pl.ds(first, OWN_ROWS)]) for ref in (lse_ref, delta_ref))
+            lse, delta = (gpu.load_rows(ref.at[b, n, pl.ds(first, OWN_ROWS)], shared=False) for ref in (lse_ref, delta_ref))
             see = plan.mask(spec, shape, first, b, rest[:2], of_keys=False)
             plgpu.barrier_wait(own_barrier.at[wg])
 

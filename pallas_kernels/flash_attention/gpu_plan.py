@@ -216,10 +216,10 @@ def mask(spec, shape, first, b, id_refs, of_keys):
     if not id_refs:
         return places
     own_ref, other_ref = id_refs[::-1] if of_keys else id_refs
-    own = [gpu.rows(gpu.load_rows(own_ref.at[b, i, pl.ds(first, WARPGROUP_ROWS)]), tile) for i in range(own_ref.shape[1])]
+    own = [gpu.rows(gpu.load_rows(own_ref.at[b, i, pl.ds(first, WARPGROUP_ROWS)], shared=False), tile) for i in range(own_ref.shape[1])]
 
     def fields(block):
-        other = [gpu.load_columns(other_ref.at[b, i, pl.ds(block * columns, columns)]) for i in range(other_ref.shape[1])]
+        other = [gpu.load_columns(other_ref.at[b, i, pl.ds(block * columns, columns)], shared=False) for i in range(other_ref.shape[1])]
         other = [gpu.columns(x, tile) for x in other]
         return see_by_ids(*((other, own) if of_keys else (own, other)))
 

@@ -88,6 +88,8 @@ def _call(spec, pack, q_XRH, k_XSH, v_XSP, index, sinks_N, B, T, interpret):
     (X, rows, H), (_, S, P), dtype = q_XRH.shape, v_XSP.shape, q_XRH.dtype
     heads, K = X // B, k_XSH.shape[0] // B
     size = blocks(rows, S, H, P, dtype, spec.window)
+    if pack > 1:  # ranges know queries, not rows: packed heads are one part
+        size = size._replace(part_q=size.q)
     plan, tables = ranges.make(index, T, S, spec, size.q if pack == 1 else T, size.kv)
     chunk, chunk_tables = ranges.parts(index, plan, plan.block_q, size.keys)
     part, part_tables = ranges.parts(index, plan, size.part_q if pack == 1 else T, size.part_kv)
@@ -372,7 +374,7 @@ def _reciprocal(x, dtype):
     """1 / x for a result in `dtype`: for bfloat16 the hardware's estimate and one step of Newton's method."""
     if dtype == jnp.float32:
         return 1.0 / x
-    estimate = pl.reciprocal(x, approx=True)
+    estimate = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal(x, approx=True)  # moved in jax 0.12
     return estimate * (2.0 - x * estimate)
 
 

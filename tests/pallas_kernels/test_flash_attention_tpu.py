@@ -152,6 +152,7 @@ CASES = {
     "window_global": (1, 700, 500, 2, 2, 16, 16, F32, SMALL, {"local_window_size": 60, "global_tokens": 5, "sinks": True}),
     "packed": (2, 300, 300, 2, 2, 16, 16, F32, SMALL, {"segments": True, "local_window_size": 140, "global_tokens": 2}),
     "permuted": (1, 300, 300, 4, 2, 16, 24, F32, SMALL, {"segments": True, "permuted": True, "local_window_size": 90}),
+    "heads_in_one_block": (1, 100, 100, 2, 1, 16, 16, F32, SMALL, {}),
     "decode": (2, 1, 300, 8, 2, 64, 64, F32, (16, 256, 256, 16, 128, 128), {"ring": True, "sinks": True}),
     "more_decode_bfloat16": (2, 3, 129, 4, 1, 64, 80, BF16, None, {"is_causal": False}),
     "more_decode_heads": (2, 1, 500, 4, 4, 96, 96, BF16, None, {"ring": True}),

@@ -1,6 +1,6 @@
 """Grouped matmul on a GPU: interpreted against a float64 loop over groups, compiled for a Hopper GPU that is not here, and run on one.
 
-jax has a GPU interpreter from 0.12 on; before it, the kernel refuses, and that is what is tested there.
+jax interprets it from 0.12 on; before that the kernel refuses where there is no GPU, and that is what is tested there.
 """
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul import gpu, gpu_products
 from tests.numerics import assert_as_accurate
 
 INTERPRETED = jax.__version_info__ >= (0, 12)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="jax has no GPU interpreter before 0.12")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="jax has no GPU interpreter that runs this before 0.12")
 NAMES = ("out", "dlhs", "drhs")
 
 

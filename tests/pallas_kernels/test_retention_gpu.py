@@ -1,6 +1,6 @@
 """Retention on a GPU: interpreted against the reference in float64, compiled for a Hopper GPU that is not here, and run on one.
 
-jax has a GPU interpreter from 0.12 on; before it, the kernel refuses, and that is what is tested there.
+jax interprets it from 0.12 on; before that the kernel refuses where there is no GPU, and that is what is tested there.
 """
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from pallas_kernels.retention import gpu, gpu_plan, gpu_scan, reference
 from tests.numerics import assert_as_accurate, assert_close, relative_rms
 
 INTERPRETED = jax.__version_info__ >= (0, 12)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="jax has no GPU interpreter before 0.12")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="jax has no GPU interpreter that runs this before 0.12")
 NAMES = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
 
 
@@ -107,7 +107,7 @@ CASES = {
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if "packed" in name else pytest.mark.slow) for name in CASES])
 def test_interpreted_equals_reference(case):
     B, T, N, H, P, per_token, packed = CASES[case]
     compare(inputs(B, T, N, H, P, per_token), segments(B, T) if packed else None)

@@ -73,7 +73,7 @@ def test_a_model_trains_with_the_kernels(generation):
     mesh = topology.mesh(generation, data=2, fsdp=2, tensor=2)
     config = ModelConfig(
         vocab_size=1000, d_model=256, num_layers=4, pattern=("attention", "retention"), channel=("mlp", "moe"),
-        mixers={"attention": {"num_heads": 4, "num_kv_heads": 2, "local_window_size": 64}, "retention": {"num_heads": 4}},
+        mixers={"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 64}, "retention": {"num_heads": 4}},
         channels={"moe": {"num_experts": 4, "top_k": 2}}, remat="full", compute_dtype="bfloat16",
     )  # fmt: skip
     with axes.use(mesh):
