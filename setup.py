@@ -21,8 +21,8 @@ BASE = [
     "tokenizers>=0.22,<0.24",
     "rich>=14",
 ]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100,<7", "ruff>=0.8", "jupytext>=1.16", "nbclient>=0.10", "nbformat>=5", "ipykernel>=6",
-        "matplotlib>=3.8", "tensorboard>=2.20,<3", "sentencepiece>=0.2.1,<0.3"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100,<7", "ruff>=0.8", "jupytext>=1.16", "nbclient>=0.10",
+        "nbformat>=5", "ipykernel>=6", "matplotlib>=3.8", "tensorboard>=2.20,<3", "sentencepiece>=0.2.1,<0.3"]
 
 setup(
     name="effmodels",

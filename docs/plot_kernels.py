@@ -29,7 +29,8 @@ def retention(axes, chunks=4, size=4):
     grid(axes, chunks * size)
     for chunk in range(chunks - 1):
         corner = (chunk + 1) * size - 0.5
-        axes.annotate("", xy=(corner + 1.5, corner + 1.5), xytext=(corner - 1.2, corner - 1.2), arrowprops=dict(arrowstyle="->", color="C3", lw=2))
+        ends = dict(xy=(corner + 1.5, corner + 1.5), xytext=(corner - 1.2, corner - 1.2))
+        axes.annotate("", **ends, arrowprops=dict(arrowstyle="->", color="C3", lw=2))
         axes.text(corner + 0.6, corner - 0.6, "state", color="C3", fontsize=8)
     axes.set(title="retention: chunks and states", xlabel="keys", ylabel="queries")
 

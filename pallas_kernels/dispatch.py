@@ -1,8 +1,8 @@
 """Which implementation of an op runs: a named one runs or raises with the reason; None picks the best supported one and says so once.
 
 Nothing here falls back in silence: what None chose, and what it refused and why, is one INFO line per process, op and reason.
-An implementation is a module `pallas_kernels.<op>.<suffix>`. A Pallas one also has `unsupported(*arguments)`: a sentence saying why it cannot
-run these inputs, or None.
+An implementation is a module `pallas_kernels.<op>.<suffix>`. A Pallas one also has `unsupported(*arguments)`: a sentence saying why it
+cannot run these inputs, or None.
 """
 import functools
 import importlib

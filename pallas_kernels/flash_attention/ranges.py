@@ -129,7 +129,8 @@ def _static(T, S, spec, block_q, block_kv):
     count = np.maximum(end - first, 0)
     columns = np.stack([count, np.where(count > 0, first, 0)], 1)
 
-    plan = Plan(T, S, spec, block_q, block_kv, False, False, False, leading, max(1, int(rows[:, 0].max())), max(1, int(columns[:, 0].max())))
+    kv_steps, q_steps = (max(1, int(table[:, 0].max())) for table in (rows, columns))
+    plan = Plan(T, S, spec, block_q, block_kv, False, False, False, leading, kv_steps, q_steps)
     dummy = np.zeros(1, np.int32)
     return plan, Tables(rows.astype(np.int32).reshape(-1), columns.astype(np.int32).reshape(-1), dummy, dummy)
 

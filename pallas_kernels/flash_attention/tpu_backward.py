@@ -164,7 +164,7 @@ def _call(shape, tables, operands, rows, bounds, interpret):
     steps, span_plan, tile_tables, span_tables = tables
     size, H, P = shape.blocks, shape.H, shape.P
     q, do, k, v = operands
-    dtype, S = q.dtype, k.shape[1]
+    dtype = q.dtype
     scalars = (span_tables.rows, *tile_tables[1:])
 
     def kv_index(p, u, step, rows_ref):

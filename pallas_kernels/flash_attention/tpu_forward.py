@@ -10,7 +10,6 @@ Scores live in base 2, exp2(x log2 e) being what the hardware does anyway; scale
 query block. The row maximum m is kept once per lane, so that it broadcasts without moving between lanes; the row sum l is kept per
 lane and summed over lanes at the end.
 """
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
 from pallas_kernels.flash_attention import ranges
-from pallas_kernels.flash_attention.mask import Index, sides
+from pallas_kernels.flash_attention.mask import sides
 
 _LOG2E = math.log2(math.e)
 # Below any score, and finite: a row that has seen nothing yet keeps exp2(m - m) = 1 and no NaN.
@@ -48,7 +47,8 @@ def blocks(rows, S, H, P, dtype, window=None):
         windows = 2 * size * (H + P) * (block.q + block.kv)
         scratch = block.q * (size * H + 4 * P + 4 * 4 * tpu.LANES)
         # Scores, their exponentials, and for float32 the three bfloat16 parts that operands are split into.
-        scores = 2 * block.q * block.sub * (4 + size) + (3 * 2 * (block.q * block.sub + (block.q + block.sub) * (H + P)) if size == 4 else 0)
+        thirds = 3 * 2 * (block.q * block.sub + (block.q + block.sub) * (H + P)) if size == 4 else 0
+        scores = 2 * block.q * block.sub * (4 + size) + thirds
         return windows + scratch + scores
 
     # Fewer steps are less overhead, but of a block far wider than the window most is read in vain.

@@ -44,7 +44,10 @@ def spec_of(**changes):
 # Visible ranges.
 
 
-def check_ranges(T, S, spec, block_q, block_kv, index=Index(), B=1):
+NO_INDEX = Index()
+
+
+def check_ranges(T, S, spec, block_q, block_kv, index=NO_INDEX, B=1):
     """Every visible tile is visited once, and the tests of tiles tell the truth."""
     plan, tables = ranges.make(index, T, S, spec, block_q, block_kv)
     tables = ranges.Tables(*map(jnp.asarray, tables))
@@ -72,7 +75,8 @@ def check_ranges(T, S, spec, block_q, block_kv, index=Index(), B=1):
         if plan.static:
             assert (count[..., 0] > 0).tolist() == needed.any(-1).tolist()[:1] * (B if plan.batched else 1)
     empty, full, full_rows = (np.broadcast_to(x, some.shape) for x in (
-        ranges.part_is_empty(plan, tables, b, i, j), ranges.tile_is_full(plan, tables, b, i, j), ranges.tile_is_full(plan, tables, b, i, j, rows=True)))
+        ranges.part_is_empty(plan, tables, b, i, j), ranges.tile_is_full(plan, tables, b, i, j),
+        ranges.tile_is_full(plan, tables, b, i, j, rows=True)))
     assert not (empty & some).any() and not (full & ~all_real).any() and not (full_rows & ~all_rows).any()
     if plan.static and not spec.global_tokens:
         np.testing.assert_array_equal(full, all_real)
@@ -92,7 +96,8 @@ def test_static_ranges_equal_brute_force_anywhere(seed):
     draw = np.random.default_rng(seed)
     for _ in range(4):
         T, S, window, first = (int(draw.integers(low, high)) for low, high in ((1, 70), (1, 70), (0, 40), (0, 12)))
-        spec = spec_of(is_causal=bool(draw.integers(2)), window=None if draw.integers(3) == 0 else window, global_tokens=first * int(draw.integers(2)))
+        causal, window = bool(draw.integers(2)), None if draw.integers(3) == 0 else window
+        spec = spec_of(is_causal=causal, window=window, global_tokens=first * int(draw.integers(2)))
         check_ranges(T, S, spec, *(int(x) for x in draw.choice([4, 8, 16], 2)))
 
 
@@ -191,7 +196,8 @@ def problem(name):
         options |= {"positions": jnp.asarray(positions), "kv_positions": jnp.asarray(kv_positions)}
     if segments is not None:
         options["segment_ids"] = jnp.asarray(segments)
-    spec = spec_of(is_causal=options.get("is_causal", True), window=options.get("local_window_size"), global_tokens=options.get("global_tokens", 0))
+    window, first = options.get("local_window_size"), options.get("global_tokens", 0)
+    spec = spec_of(is_causal=options.get("is_causal", True), window=window, global_tokens=first)
     see = visible(*sides(Index(segments, segments, positions, kv_positions), T, S, spec), spec)
     return arrays, options, {"see": see if see.ndim == 3 else see[None], "cap": options.get("logits_soft_cap")}, size
 
@@ -216,7 +222,8 @@ def test_values_equal_the_float64_reference(name, blocks):
     assert_as_accurate("out", *(x if x.dtype == BF16 else np.asarray(x) for x in (got[0], want[0], plain[0])), floor=1e-3)
     # Of bfloat16 inputs, logsumexp is as accurate as they are: the scaled queries are rounded once more.
     cast = (lambda x: jnp.asarray(x, BF16)) if arrays[0].dtype == BF16 else np.asarray
-    assert_as_accurate("lse", cast(np.where(seen, got[1], 0)), np.where(seen, want[1], 0), np.where(seen, np.asarray(plain[1], np.float32), 0), floor=1e-2)
+    lse, exact, plain_lse = (np.where(seen, np.asarray(x[1], np.float64), 0) for x in (got, want, plain))
+    assert_as_accurate("lse", cast(lse.astype(np.float32)), exact, plain_lse, floor=1e-2)
 
 
 @functools.cache
@@ -347,9 +354,11 @@ def aot_cases():
     """What has to compile for a TPU: {"production" or "odd": {name: (f, shapes)}}."""
     def case(B, T, S, N, K, H, P, dtype=BF16, segmented=False, positioned=False, sinks=False, **changes):
         shape, ints = jax.ShapeDtypeStruct, jnp.int32
-        index = Index(*(shape((B, n), ints) if given else None for given, n in ((segmented, T), (segmented, S), (positioned, T), (positioned, S))))
+        fields = ((segmented, T), (segmented, S), (positioned, T), (positioned, S))
+        index = Index(*(shape((B, n), ints) if given else None for given, n in fields))
         f = lambda q, k, v, index, sinks: tpu.attend(q, k, v, index, sinks, spec_of(scale=H**-0.5, **changes))  # noqa: E731
-        return f, (shape((B, T, N, H), dtype), shape((B, S, K, H), dtype), shape((B, S, K, P), dtype), index, shape((N,), F32) if sinks else None)
+        arrays = shape((B, T, N, H), dtype), shape((B, S, K, H), dtype), shape((B, S, K, P), dtype)
+        return f, (*arrays, index, shape((N,), F32) if sinks else None)
 
     odd = {
         "one": case(1, 1, 1, 1, 1, 16, 16, F32),
@@ -361,9 +370,11 @@ def aot_cases():
         "500_all": case(1, 500, 2000, 2, 2, 64, 64, is_causal=False, segmented=True, positioned=True, window=32, global_tokens=1),
         "1000_packed": case(2, 1000, 1000, 4, 2, 192, 128, segmented=True, sinks=True, window=100, global_tokens=4),
         "2000_256_float32": case(1, 2000, 2000, 2, 1, 256, 256, F32, soft_cap=20.0),
-        "3000_256_float32_all": case(1, 2000, 3000, 2, 1, 256, 256, F32, segmented=True, positioned=True, window=64, global_tokens=4, soft_cap=9.0),
+        "3000_256_float32_all": case(
+            1, 2000, 3000, 2, 1, 256, 256, F32, segmented=True, positioned=True, window=64, global_tokens=4, soft_cap=9.0),
         "4096_256": case(1, 4096, 4096, 2, 1, 256, 256, segmented=True, positioned=True, window=500, global_tokens=4),
         "131072": case(1, 131072, 131072, 2, 1, 128, 128, window=4096, global_tokens=128),
     }
     production = {"grouped": case(1, 4096, 4096, 16, 4, 128, 128), "packed": case(2, 4096, 4096, 8, 8, 128, 128, segmented=True)}
-    return {kind: {f"attention_forward_{name}": x for name, x in cases.items()} for kind, cases in (("production", production), ("odd", odd))}
+    kinds = (("production", production), ("odd", odd))
+    return {kind: {f"attention_forward_{name}": x for name, x in cases.items()} for kind, cases in kinds}

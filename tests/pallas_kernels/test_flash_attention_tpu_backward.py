@@ -151,7 +151,10 @@ def kernel(spec, interpret, size):
     return jax.jit(run)
 
 
-def direct(spec, arrays, index=Index(), interpret=True):
+NO_INDEX = Index()
+
+
+def direct(spec, arrays, index=NO_INDEX, interpret=True):
     size = tpu_backward.blocks(arrays[0].shape[1], arrays[1].shape[1], 128, 128, arrays[0].dtype)
     return kernel(spec, interpret, size)(index, *arrays)
 
@@ -257,7 +260,8 @@ def aot_cases():
     """What has to compile for a TPU: {"production" or "odd": {name: (f, shapes)}}."""
     def case(B, T, S, N, K, H, P, dtype=BF16, segmented=False, positioned=False, **changes):
         shape, ints = jax.ShapeDtypeStruct, jnp.int32
-        index = Index(*(shape((B, n), ints) if given else None for given, n in ((segmented, T), (segmented, S), (positioned, T), (positioned, S))))
+        fields = ((segmented, T), (segmented, S), (positioned, T), (positioned, S))
+        index = Index(*(shape((B, n), ints) if given else None for given, n in fields))
         f = functools.partial(tpu_backward.backward, spec_of(scale=H**-0.5, **changes), interpret=False)
         row = shape((B, T, N), F32)
         return f, (shape((B, T, N, H), dtype), shape((B, S, K, H), dtype), shape((B, S, K, P), dtype), index, row,
@@ -272,7 +276,8 @@ def aot_cases():
         "2000_float32": case(1, 2000, 2000, 2, 2, 128, 128, F32, segmented=True),
         "4096_256": case(1, 4096, 4096, 2, 1, 256, 256, segmented=True, positioned=True, window=500, global_tokens=4),
         "4096_256_float32": case(1, 4096, 4096, 2, 1, 256, 256, F32),
-        "4096_256_float32_all": case(1, 4096, 4096, 2, 1, 256, 256, F32, segmented=True, positioned=True, window=500, global_tokens=4, soft_cap=9.0),
+        "4096_256_float32_all": case(
+            1, 4096, 4096, 2, 1, 256, 256, F32, segmented=True, positioned=True, window=500, global_tokens=4, soft_cap=9.0),
         "192_to_128": case(2, 5000, 4100, 8, 2, 192, 128, positioned=True),
         "single_head": case(1, 8192, 8192, 1, 1, 64, 64, window=1024),
         "131072": case(1, 131072, 131072, 2, 1, 128, 128, window=4096, global_tokens=128),
