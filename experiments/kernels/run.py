@@ -16,6 +16,17 @@ _CPU = {
     "linear_cross_entropy": [dict(T=2048, D=256, V=8192)],
 }
 
+# Shapes for a simulated schedule, which takes seconds per thousand grid steps: fewer heads, since time is linear in them.
+_SIMULATED = {
+    "flash_attention": [
+        dict(B=1, T=4096, N=16, H=128, causal=1), dict(B=1, T=16384, N=2, H=128, causal=1), dict(B=1, T=8192, N=4, H=128, causal=0),
+        dict(B=1, T=4096, N=8, H=256, causal=1), dict(B=1, T=4096, N=16, H=64, causal=1),
+        dict(B=1, T=16384, N=8, K=2, H=128, causal=1, window=4096),
+    ],
+}  # fmt: skip
+# Not by schedule: how often its loops run is found on the device.
+_NOT_SIMULATED = (("flash_attention", "xla"),)
+
 
 def on_this_machine(ops, directions, say):
     """(header, rows): every contestant that this platform has, timed."""
@@ -28,7 +39,7 @@ def on_this_machine(ops, directions, say):
             chosen += [c for d in directions for c in cases.cases(op, d)]
     peak = _cpu_peak() if backend == "cpu" else chips.PEAKS.get(kind)
     absent = {"cpu": (*contestants.TPU_ONLY, *contestants.GPU_ONLY), "gpu": contestants.TPU_ONLY, "tpu": contestants.GPU_ONLY}[backend]
-    rows = _measure(chosen, absent, lambda case, name: timed.measure(case, name), peak, say)
+    rows = _measure(chosen, lambda op, name: name in absent, timed.measure, peak, say)
     header = {
         "what": f"timed on {kind}, median of repeated calls",
         "hardware": f"{os.cpu_count()} cores of {_cpu()}; {kind}",
@@ -44,9 +55,17 @@ def by_schedule(generation, ops, directions, say):
     """(header, rows): every TPU contestant compiled for one chip of a generation, its time from the compiler's final bundles."""
     from experiments.kernels import static
 
-    chosen = [c for op in ops for d in directions for c in cases.cases(op, d)]
+    chosen = []
+    for op in ops:
+        shapes = _SIMULATED.get(op)
+        listed = [cases.Case(op, d, tuple(s.items())) for s in shapes for d in directions] if shapes else None
+        chosen += listed or [c for d in directions for c in cases.cases(op, d)]
     peak = chips.PEAKS[chips.KINDS[generation]]
-    rows = _measure(chosen, contestants.GPU_ONLY, lambda case, name: static.measure(case, name, generation), peak, say)
+
+    def skip(op, name):
+        return name in contestants.GPU_ONLY or (op, name) in _NOT_SIMULATED
+
+    rows = _measure(chosen, skip, lambda case, name: static.measure(case, name, generation), peak, say)
     header = {
         "what": f"static schedule of the TPU {generation} compiler, not timed on a TPU",
         "hardware": f"none: compiled for one {generation} chip",
@@ -56,12 +75,13 @@ def by_schedule(generation, ops, directions, say):
     return header, rows
 
 
-def _measure(chosen, absent, measure, peak, say):
+def _measure(chosen, skip, measure, peak, say):
+    """Rows of every case and contestant, printed case by case; skip(op, contestant) leaves one out."""
     rows = []
     for number, case in enumerate(chosen):
         here = []
         for name in contestants.CONTESTANTS[case.op]:
-            if name in absent:
+            if skip(case.op, name):
                 continue
             try:
                 here.append(report.row(case, name, peak, measure(case, name)))

@@ -4,7 +4,7 @@ B batch, T query, S key, N heads, K kv heads, H head dim, P value dim. Probabili
 (FlashAttention-2, arXiv:2307.08691, algorithm 2). Tiles of the second kernel are transposed (keys are rows), so that both its
 accumulating products take their left operand from registers. All query heads of a kv head are summed in the accumulator.
 Above H + P = 256 two accumulators of one warpgroup do not fit its registers: dk and dv then have a kernel each, which makes the scores
-twice (8 products where the pair of kernels has 7) and spills nothing.
+twice (8 products where the pair of kernels has 7) and spills less.
 """
 import dataclasses
 import functools
