@@ -42,6 +42,7 @@ def assert_as_accurate(name, got, want, naive, *, gradient=False, floor=0.0):
     if half and gradient:
         bound = max(bound, 2 * naive_error)
     assert_close(name, got, want, bound, floor)
-    noise = 2 * float(jax.numpy.finfo(got.dtype).eps)
+    # Rounding that a tensor of few rows shares (one row's logsumexp, say) is a single draw: 4 units in the last place are no verdict.
+    noise = 4 * float(jax.numpy.finfo(got.dtype).eps)
     error = relative_rms(got, want, floor)
     assert error <= 2 * naive_error + noise, f"{name}: error {error:.3e} is more than twice the naive implementation's {naive_error:.3e}"

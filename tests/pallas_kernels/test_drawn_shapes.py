@@ -101,4 +101,4 @@ def test_a_few_drawn_shapes(op):
 @pytest.mark.parametrize("op", DRAWN)
 def test_many_drawn_shapes(op):
     check, strategies = DRAWN[op]
-    drawn(15)(given(**strategies)(check))()
+    drawn(6)(given(**strategies)(check))()
