@@ -64,15 +64,7 @@ def _not_here(op, name):
 
 
 def _unsupported(op, name, arguments):
-    if not name.startswith("pallas"):
-        return None
-    try:
-        module = _module(op, name)
-    except ModuleNotFoundError as error:
-        if error.name != f"pallas_kernels.{op}.{_TABLE[name][0]}":
-            raise
-        return "this kernel is not written yet"
-    return module.unsupported(*arguments)
+    return _module(op, name).unsupported(*arguments) if name.startswith("pallas") else None
 
 
 def _module(op, name):

@@ -143,15 +143,19 @@ def _plain_cross_entropy(case):
     return f
 
 
-def _table(op, **rivals):
-    return {name: _ours(op, name) for name in ("pallas_tpu", "pallas_gpu", "xla")} | {k.replace("__", " "): v for k, v in rivals.items()}
+def _all_of_ours(op):
+    return {name: _ours(op, name) for name in ("pallas_tpu", "pallas_gpu", "xla")}
 
 
 CONTESTANTS = {
-    "flash_attention": _table("flash_attention", jax__splash=_splash, jax__flash=_jax_flash, materialised=_naive_attention),
-    "retention": _table("retention", materialised=_parallel_retention, attention__by__jax__splash=_splash_beside_retention),
-    "grouped_matmul": _table("grouped_matmul", jax__megablox=_megablox, jax__ragged_dot=_ragged_dot),
-    "linear_cross_entropy": _table("linear_cross_entropy", materialised=_plain_cross_entropy),
-}
+    "flash_attention": {
+        **_all_of_ours("flash_attention"), "jax splash": _splash, "jax flash": _jax_flash, "materialised": _naive_attention,
+    },
+    "retention": {
+        **_all_of_ours("retention"), "materialised": _parallel_retention, "attention by jax splash": _splash_beside_retention,
+    },
+    "grouped_matmul": {**_all_of_ours("grouped_matmul"), "jax megablox": _megablox, "jax ragged_dot": _ragged_dot},
+    "linear_cross_entropy": {**_all_of_ours("linear_cross_entropy"), "materialised": _plain_cross_entropy},
+}  # fmt: skip
 TPU_ONLY = ("pallas_tpu", "jax splash", "jax flash", "jax megablox", "attention by jax splash")
 GPU_ONLY = ("pallas_gpu",)

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import tpu_forward
+from pallas_kernels.flash_attention import tpu_backward, tpu_forward
 
 
 def unsupported(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
@@ -36,8 +36,6 @@ def _attend_fwd(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
 
 
 def _attend_bwd(spec, interpret, residuals, cotangents):
-    from pallas_kernels.flash_attention import tpu_backward
-
     q_BTNH, k_BSKH, v_BSKP, index, sinks_N, out_BTNP, lse_BTN = residuals
     do_BTNP, dlse_BTN = cotangents
     delta_BTN = (out_BTNP.astype(jnp.float32) * do_BTNP.astype(jnp.float32)).sum(-1) - dlse_BTN

@@ -69,7 +69,8 @@ def blocks(T, S, H, P, dtype):
 def backward(spec, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN, interpret=False):
     """(dq_BTNH, dk_BSKH, dv_BSKP) in the dtypes of q, k, v.
 
-    lse is the logsumexp without sinks, -inf where a query saw nothing; delta = rowsum(out * d out) - d lse, both float32.
+    lse is the logsumexp that normalised the forward pass (sinks included), -inf where a query saw nothing; delta is
+    rowsum(out * d out) - d lse. Both are float32.
     """
     run = jax.custom_batching.custom_vmap(functools.partial(_backward, spec, interpret))
     run.def_vmap(functools.partial(_fold_batch, run))

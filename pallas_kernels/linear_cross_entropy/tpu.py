@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_cross_entropy import tpu_logits
-from pallas_kernels.tpu import precision
+from pallas_kernels.products import product
 
 CHUNK = 4096  # columns of the vocabulary, about, whose dlogits are in memory at a time
 
@@ -55,9 +55,9 @@ def _fused_bwd(static, residuals, cotangents):
         dlogits_TJ = tpu_logits.dlogits(x_TD, w, labels_T, lse_T, *cotangents, first, width, soft_cap, w_layout, interpret=interpret)
         w_chunk = jax.lax.dynamic_slice_in_dim(w, first, width, axis)
         letters = w_layout.lower().replace("v", "j")
-        dx_TD = dx_TD + _product(f"tj,{letters}->td", dlogits_TJ, w_chunk)
+        dx_TD = dx_TD + product(f"tj,{letters}->td", dlogits_TJ, w_chunk, jnp.float32)
         operands = (x_TD, dlogits_TJ) if axis == 1 else (dlogits_TJ, x_TD)
-        dw_chunk = _product("td,tj->dj" if axis == 1 else "tj,td->jd", *operands).astype(w.dtype)
+        dw_chunk = product("td,tj->dj" if axis == 1 else "tj,td->jd", *operands, jnp.float32).astype(w.dtype)
         return dx_TD, jax.lax.dynamic_update_slice_in_dim(dw, dw_chunk, first, axis)
 
     sums = jnp.zeros(x_TD.shape, jnp.float32), jax.lax.empty(w.shape, w.dtype)
@@ -80,14 +80,3 @@ def _chunk(V, block):
         if V % (number * block) == 0:
             return number * block
     return most * block
-
-
-def _product(equation, x, y):
-    """einsum with float32 sums. A CPU, which interprets the kernels, has no bfloat16 product in every layout: it gets float32."""
-    def widened(x, y):
-        return jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32), precision="highest")
-
-    def as_they_are(x, y):
-        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, precision=precision(x.dtype))
-
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=as_they_are)

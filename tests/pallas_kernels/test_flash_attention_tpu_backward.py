@@ -1,21 +1,16 @@
 """Attention's gradients on a TPU, interpreted: against the float64 reference, no further from it than twice a naive implementation."""
 import functools
-import os
-import pathlib
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core as jax_core
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import tpu_backward, tpu_backward_kernel
 from pallas_kernels.flash_attention.mask import Index, Spec, sides, visible
 from tests.numerics import assert_as_accurate, assert_close, relative_rms
+from tests.pallas_kernels.common import assert_float32_products, assert_no_races
 
 NAMES = ("dq", "dk", "dv", "dsinks")
 
@@ -195,26 +190,11 @@ def test_two_runs_are_bitwise_equal_and_vmap_is_a_longer_batch(blocks):
             assert_close("vmap", together[n][i], alone[i][n], 1e-6)
 
 
-def jaxprs(jaxpr):
-    """This jaxpr and all inside it."""
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, (jax_core.Jaxpr, jax_core.ClosedJaxpr))):
-            if isinstance(x, jax_core.ClosedJaxpr):
-                x = x.jaxpr
-            if isinstance(x, jax_core.Jaxpr):
-                yield from jaxprs(x)
-
-
 def test_float32_is_multiplied_as_float32():
     q, k, v, do = some(1, 300, 2, 1, 16)
     row = jnp.zeros((1, 300, 2))
     traced = jax.make_jaxpr(lambda *a: tpu_backward.backward(spec_of(), *a, False))(q, k, v, Index(), row, do, row)
-    dots = [eqn for jaxpr in jaxprs(traced.jaxpr) for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
-    assert len(dots) >= 10, "five products, masked and not"
-    for eqn in dots:
-        highest = jax.lax.Precision.HIGHEST
-        assert eqn.params["precision"] in (highest, (highest, highest)), eqn
+    assert_float32_products(traced.jaxpr, at_least=10)  # five products, masked and not
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -241,19 +221,12 @@ RACE = """
         got, want = (here.direct(here.spec_of(), arrays, index, interpret) for interpret in (poisoned, True))
         for g, w in zip(got, want):
             np.testing.assert_array_equal(g, w)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-    assert not interpret_pallas_call.races.races_found
-    print("no races")
 """
 
 
 @pytest.mark.subprocess
 def test_no_races_and_nothing_uninitialised():
-    """In a process of its own: jax 0.12 raises on a race and then needs a fresh interpreter, jax 0.10 only takes a note."""
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(RACE)], cwd=root, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0 and "no races" in done.stdout and "RACE" not in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert_no_races(RACE)
 
 
 def aot_cases():

@@ -1,7 +1,5 @@
 """The TPU kernels of the grouped matmul, interpreted: against a float64 oracle with every gradient; poison, races, borders, tables."""
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import pytest
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import reference, tpu_blocks, tpu_visits
 from tests.numerics import assert_as_accurate
+from tests.pallas_kernels.common import assert_float32_products, assert_no_races
 
 kernel = functools.partial(grouped_matmul, implementation="pallas_tpu", interpret=True)
 
@@ -162,30 +161,17 @@ def test_two_runs_are_bitwise_equal_and_vmap_is_one_problem_after_the_other(smal
     np.testing.assert_allclose(of_sum[1], together[1], rtol=1e-5, atol=1e-4)
 
 
-def dots_of(jaxpr):
-    """Every dot_general equation in a jaxpr, those in its kernels included."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from dots_of(inner)
-
-
 @pytest.mark.parametrize("weights", ["plain", "int8"])
 def test_float32_is_multiplied_as_float32(weights):
     lhs, rhs, scale, dout = operands([5, 30], 40, 20, 24, jnp.float32, weights)
     f = lambda lhs, rhs, scale=None: kernel(lhs, rhs, jnp.array([5, 30]), rhs_scale_EN=scale)  # noqa: E731
-    dots = list(dots_of(jax.make_jaxpr(functools.partial(values_and_gradients, f))(lhs, rhs, scale, dout).jaxpr))
-    assert len(dots) >= 6  # three kernels, each with a whole and a cut tile
-    assert all(dot.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for dot in dots)
+    traced = jax.make_jaxpr(functools.partial(values_and_gradients, f))(lhs, rhs, scale, dout)
+    assert_float32_products(traced.jaxpr, at_least=6)  # three kernels, each with a whole and a cut tile
 
 
 RACES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import tpu as pltpu
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from tests.pallas_kernels import test_grouped_matmul_tpu as t
 t.use_small_blocks(setattr)
 params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
@@ -197,17 +183,13 @@ run = lambda f: jax.jit(lambda *operands: t.values_and_gradients(f, *operands))
 got, want = run(f)(lhs.at[63:].set(jnp.nan), rhs, scale, dout.at[63:].set(jnp.nan)), run(g)(lhs, rhs, scale, dout)
 for name in want:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
-assert not getattr(getattr(interpret_pallas_call, "races", None), "races_found", False)
-print("no race")
 """
 
 
 @pytest.mark.subprocess
 def test_no_race_and_no_uninitialised_memory():
     """Two simulated cores, memory that starts as nan. In a process of its own: a race leaves the interpreter in a bad state."""
-    run = subprocess.run([sys.executable, "-c", RACES], capture_output=True, text=True, timeout=280)
-    said = run.stdout + run.stderr
-    assert run.returncode == 0 and "no race" in run.stdout and "RACE" not in said, said[-3000:]
+    assert_no_races(RACES)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16])

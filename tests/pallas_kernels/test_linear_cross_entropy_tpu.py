@@ -1,7 +1,5 @@
 """The TPU kernels of the linear cross entropy, interpreted: against a float64 oracle with every gradient; shards, poison, races."""
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import pytest
 from pallas_kernels import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy import reference, tpu, tpu_logits
 from tests.numerics import assert_as_accurate, assert_close
+from tests.pallas_kernels.common import assert_float32_products, assert_no_races
 
 kernel = functools.partial(linear_cross_entropy, implementation="pallas_tpu", interpret=True)
 
@@ -131,30 +130,17 @@ def test_two_runs_are_bitwise_equal_and_vmap(small_blocks):
             assert_close("vmapped", vmapped[i], one, rel=1e-5)
 
 
-def dots_of(jaxpr):
-    """Every dot_general equation in a jaxpr, those in its kernels included."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from dots_of(inner)
-
-
 @pytest.mark.parametrize("layout", ["DV", "VD"])
 def test_float32_is_multiplied_as_float32(layout):
     x, w, labels, cotangents = operands(150, 24, 700, jnp.float32, layout)
     f = functools.partial(tpu.lse_and_label_logit, interpret=False)
-    dots = list(dots_of(jax.make_jaxpr(lambda x, w: values_and_gradients(f, x, w, labels, cotangents, None, layout))(x, w).jaxpr))
-    assert len(dots) >= 4
-    assert all(dot.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for dot in dots)
+    traced = jax.make_jaxpr(lambda x, w: values_and_gradients(f, x, w, labels, cotangents, None, layout))(x, w)
+    assert_float32_products(traced.jaxpr, at_least=4)
 
 
 RACES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.pallas import tpu as pltpu
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from tests.pallas_kernels import test_linear_cross_entropy_tpu as t
 t.use_small_blocks(setattr)
 params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
@@ -163,17 +149,13 @@ f = t.functools.partial(t.tpu.lse_and_label_logit, interpret=params)
 got, want = (jax.jit(lambda x, w: t.values_and_gradients(g, x, w, labels, cotangents, 3.0, "DV"))(x, w) for g in (f, t.naive))
 for name in want:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
-assert not getattr(getattr(interpret_pallas_call, "races", None), "races_found", False)
-print("no race")
 """
 
 
 @pytest.mark.subprocess
 def test_no_race_and_no_uninitialised_memory():
     """Two simulated cores, memory that starts as nan. In a process of its own: a race leaves the interpreter in a bad state."""
-    run = subprocess.run([sys.executable, "-c", RACES], capture_output=True, text=True, timeout=280)
-    said = run.stdout + run.stderr
-    assert run.returncode == 0 and "no race" in run.stdout and "RACE" not in said, said[-3000:]
+    assert_no_races(RACES)
 
 
 def test_what_a_tpu_does_not_multiply_is_refused():

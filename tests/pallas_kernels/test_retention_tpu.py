@@ -1,9 +1,5 @@
 """The TPU kernels of retention, interpreted: every value and gradient against the float64 reference; block sizes, races, programs."""
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ from effmodels.plan.topology import compile_for
 from pallas_kernels import retention
 from pallas_kernels.retention import tpu, tpu_plan
 from tests.numerics import assert_as_accurate, assert_close, relative_rms
+from tests.pallas_kernels.common import assert_float32_products, assert_no_races, equations
 from tests.pallas_kernels.test_retention import inputs, normal, oracle
 
 SCALE = 0.4
@@ -194,23 +191,11 @@ def test_under_transformations():
         assert_close("gradient", x, y, rel=1e-6)
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for x in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(x, "jaxpr", x)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
 def test_float32_is_multiplied_as_float32():
     """The MXU would round float32 operands to bfloat16, which interpretation hides."""
     x = jnp.zeros((1, 200, 2, 64))
     gradients = jax.grad(lambda *a: retention(*a, implementation="pallas_tpu").sum(), range(4))
-    dots = [e for e in _equations(jax.make_jaxpr(gradients)(x, x, x, jnp.zeros((1, 200, 2))).jaxpr) if e.primitive.name == "dot_general"]
-    assert len(dots) > 20
-    highest = (jax.lax.Precision.HIGHEST,) * 2
-    assert all(e.params["precision"] == highest for e in dots)
+    assert_float32_products(jax.make_jaxpr(gradients)(x, x, x, jnp.zeros((1, 200, 2))).jaxpr, at_least=21)
 
 
 def test_gradient_of_a_constant_decay_is_left_out():
@@ -219,7 +204,7 @@ def test_gradient_of_a_constant_decay_is_left_out():
     call = lambda x, g: retention(x, x, x, g, implementation="pallas_tpu").sum()  # noqa: E731
     results = []
     for argnums in (0, 1):
-        kernels = [e for e in _equations(jax.make_jaxpr(jax.grad(call, argnums))(x, g).jaxpr) if e.primitive.name == "pallas_call"]
+        kernels = [e for e in equations(jax.make_jaxpr(jax.grad(call, argnums))(x, g).jaxpr) if e.primitive.name == "pallas_call"]
         results.append(max(len(e.outvars) for e in kernels))
     assert results == [4, 5]
 
@@ -260,23 +245,13 @@ want = jax.jit(jax.grad(lambda *a: loss(*a, implementation="xla"), range(4)))(*a
 for a, b in zip(got, want):
     error = np.linalg.norm(a - b) / np.linalg.norm(b)
     assert error < 1e-5, error
-try:
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-except ImportError:
-    from jax._src.pallas.mosaic import interpret as interpreter
-races = getattr(interpreter, "races", None)
-assert races is None or not races.races_found, "race"
-print("no races")
 """
 
 
 @pytest.mark.subprocess
 def test_no_races_and_no_uninitialised_memory():
     """A race raises on newer jax and sets a flag on older; NaN-filled scratch and outputs would show in the gradients."""
-    root = pathlib.Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", _RACES], cwd=root, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0 and "no races" in done.stdout, done.stderr[-3000:]
+    assert_no_races(_RACES)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float16])
