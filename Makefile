@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test slow aot aot_slow lint clean
+.PHONY: quickstart test slow aot aot_slow gpu_compile lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.train --config=configs/quickstart.py
@@ -23,6 +23,10 @@ aot: $(VENV)/.installed-plan
 
 aot_slow: $(VENV)/.installed-plan
 	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -n 2 --dist=load -m "aot and slow" $(PYTEST_ARGS)
+
+# Every GPU kernel through the compilers for sm_90a, without a GPU and without NVIDIA's libraries. Needs jax 0.11.2 (Python 3.12).
+gpu_compile: $(VENV)/.installed-gpu-compile
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -n 2 --dist=load -m gpu_compile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -42,6 +46,12 @@ $(VENV)/.installed-test: setup.py $(VENV)/.python
 
 $(VENV)/.installed-plan: setup.py $(VENV)/.installed-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,plan]'
+	@touch $@
+
+# jax's CUDA plugin of the same version (0.4 GB), in a folder of its own: the environment itself stays one without it.
+$(VENV)/.installed-gpu-compile: setup.py $(VENV)/.installed-test
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
+	  $$($(BIN)/python -c 'import jaxlib; print(*(f"jax-cuda13-{part}=={jaxlib.__version__}" for part in ("plugin", "pjrt")))')
 	@touch $@
 
 clean:

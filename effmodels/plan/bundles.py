@@ -1,8 +1,9 @@
 """Reading the TPU compiler's final VLIW bundles: the text it dumps for each fusion and each kernel, one bundle of operations a line.
 
-A bundle is what a core issues in one cycle. Only operations of the scalar unit are kept as `Op`s, for they decide what runs next; how
-many vector, matrix and memory operations a bundle holds is in a second file, the slots used per bundle. The format is libtpu's own and
-undocumented; it was read from libtpu 0.0.42 and 0.0.50. Anything unexpected is a `NotUnderstood`, never a guess.
+A bundle is what a core issues in one cycle. Only operations of the scalar unit are kept as `Op`s, for they decide what runs next, and
+which matrix unit is fed, for it may not be free yet; how many operations of each kind a bundle holds is in a second file, the slots used
+per bundle. The format is libtpu's own and undocumented; it was read from libtpu 0.0.42 and 0.0.50. Anything unexpected is a
+`NotUnderstood`, never a guess.
 """
 import dataclasses
 import re
@@ -53,6 +54,7 @@ class Program:
     bundles: tuple[tuple[Op, ...], ...]  # scalar operations of each bundle
     regions: dict[str, int]  # name of a branch target -> bundle
     operands: tuple[Operand, ...]
+    matmuls: dict[int, tuple[tuple[int, int], ...]]  # bundle -> (matrix unit, rows of 128 that it is fed) of each vmatmul
 
 
 _LEGEND_END = "= control target key end"
@@ -63,6 +65,8 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _MARK = re.compile(r"<<(region|system|results) ([^>]*)>>")
 _RESULTS = ("kDiv", "kRem", "kDivAndRem")  # of a division, in the order in which they are popped
 _OP = re.compile(r"^((?:%[\w.]+ = )*)([a-z][\w.\-]*) *(.*)$", re.S)
+_MATMUL = re.compile(r"^%\w+ = vmatmul\.([\w.]+)\.mxu(\d+)\b")
+_ROWS = {"f32": 8, "bf16": 16}  # in a register of 8 x 128 words
 _OPERAND = re.compile(r"inlined_call_operand\.(\w+|<no memory space>) \[shape: (\w+)\[([\d,]*)\][^,]*?, index: (\d+)")
 _GUARD = re.compile(r"^\((!?)%(\w+)(?:, ([^)]*))?\) *,? *")
 
@@ -74,7 +78,7 @@ def program(text):
     text = _without_comments(_LABEL.sub(r"\1=", text.split(_LEGEND_END, 1)[1]))
     heads = list(_HEAD.finditer(text))
     ends = [h.start() for h in heads[1:]] + [len(text)]
-    bundles, regions, operands = [], {}, []
+    bundles, regions, operands, matmuls = [], {}, [], {}
     for index, (head, end) in enumerate(zip(heads, ends)):
         if int(head.group(1), 16) != index:
             raise NotUnderstood(f"bundle {index} is numbered {head.group(1)}.")
@@ -86,6 +90,8 @@ def program(text):
             raise NotUnderstood(f"bundle {index} does not end.")
         parts = [part.strip() for part in re.sub(r"<<region \d+>>", "", body[:last]).split(";;")]
         operands += [found for part in parts if (found := _operand(part))]
+        if fed := tuple(_matmul(part, index) for part in parts if " = vmatmul" in part):
+            matmuls[index] = fed
         bundles.append(tuple(op for part in parts if part and (op := _op(part, index))))
     if not bundles:
         raise NotUnderstood("no bundles.")
@@ -94,7 +100,7 @@ def program(text):
         if len(unmarked) > 1 or "<<exit>>" not in text[heads[-1].start():]:
             raise NotUnderstood(f"branches to regions {sorted(unmarked)}, which start nowhere.")
         regions[unmarked.pop()] = len(bundles) - 1
-    return Program(tuple(bundles), regions, tuple(operands))
+    return Program(tuple(bundles), regions, tuple(operands), matmuls)
 
 
 def slots(text, count):
@@ -150,6 +156,15 @@ def _operand(text):
     dest = text.split(" = ", 1)[0].lstrip("%").strip()
     shape = tuple(int(n) for n in shape.split(",") if n)
     return Operand(dest, "" if memory.startswith("<") else memory, int(index), dtype, shape)
+
+
+def _matmul(text, bundle):
+    """(matrix unit, rows) of a vmatmul."""
+    found = _MATMUL.match(text)
+    rows = [_ROWS[dtype] for dtype in found.group(1).split(".") if dtype in _ROWS] if found else []
+    if len(rows) != 1:
+        raise NotUnderstood(f"bundle {bundle}: which unit, and how many rows? {text[:80]!r}")
+    return int(found.group(2)), rows[0]
 
 
 def _op(text, bundle):

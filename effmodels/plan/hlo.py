@@ -125,7 +125,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 
 _TYPE = re.compile(r"^(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:T|\()[^S}]*)?.*)?\})?")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
 
 
 def shape(type_text: str) -> tuple[str, tuple[int, ...]]:
@@ -139,11 +139,11 @@ def shape(type_text: str) -> tuple[str, tuple[int, ...]]:
 def words(array: np.ndarray, type_text: str) -> np.ndarray:
     """The 32-bit words of an array as they lie in memory in the layout of `type_text`, tiles and padding included."""
     found = _TYPE.match(type_text)
-    if not found or found.group(1) not in _BYTES:
+    if not found or found.group(1) not in BYTES:
         raise ValueError(f"no layout for a table of type {type_text[:80]!r}")
     order = [int(n) for n in (found.group(3) or "").split(",") if n] or list(range(array.ndim))[::-1]
     tiles = [tuple(int(n) for n in tile.split(",")) for tile in re.findall(r"\(([\d,]+)\)", found.group(4) or "")]
-    size = _BYTES[found.group(1)]
+    size = BYTES[found.group(1)]
     flat = np.ascontiguousarray(np.transpose(np.atleast_1d(array), order[::-1] if array.ndim else (0,)))
     flat = flat.astype({1: np.int8, 2: np.int16, 4: np.int32}[size], casting="unsafe") if flat.dtype.kind in "biu" else flat
     for tile in tiles:

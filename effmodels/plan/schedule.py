@@ -7,7 +7,7 @@ The function returns (f, arguments): what to compile, and its arguments as array
 blocks are visited (group sizes, segment ids) as arrays: tables that follow from them are computed and fed to the simulated scalar unit.
 
 Cycles are those of `simulate`: on v4 within 15 % of published timings, always low (no launch overhead, no contention). On other generations
-matrix units stall without bundles: there only the shares of issue slots are to be trusted, and `calibrated` is False.
+they were not compared with any timing: there only the shares of issue slots are to be trusted, and `calibrated` is False.
 """
 import dataclasses
 import importlib
@@ -18,114 +18,14 @@ import sys
 
 import numpy as np
 
-from effmodels.plan import bundles, dump, hlo, simulate, topology
+from effmodels.plan import bundles, dump, hlo, simulate, topology, usage
 from effmodels.plan.bundles import NotUnderstood
+from effmodels.plan.cores import CORES
+from effmodels.plan.report import Hot, Loop, OpCost, Report
 
 
 class UnknownScalars(ValueError):
     """A kernel's path hangs on scalars whose values were not given."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Hot:
-    """The stretch of bundles, all run equally often, that takes most of the time."""
-
-    first: int
-    last: int  # exclusive
-    executions: float  # on all cores
-    share: float  # of all bundles issued
-    slots: dict[str, float]  # share of each unit's issue slots, 0 to 1
-    used: dict[str, float]  # slots issued, all cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    first: int
-    last: int
-    trips: tuple[int, ...]  # how often each core jumped back
-
-
-@dataclasses.dataclass(frozen=True)
-class OpCost:
-    """One instruction of the program. The fields after `estimate` are empty where no bundles were simulated.
-
-    A kernel whose tables differ from run to run (in a scan) has the means of its runs.
-    """
-
-    name: str
-    opcode: str
-    calls: int  # how often it runs
-    source: str  # "bundles": simulated; "libtpu": by libtpu's own simulator; "estimate": XLA's cost model; "unpriced": nobody knows
-    cycles: float  # one call, the slower core
-    estimate: float = 0.0  # by XLA's cost model; 0 where it says nothing, as of kernels
-    bundles: int = 0  # length of its code
-    core_cycles: tuple[float, ...] = ()
-    issued: tuple[float, ...] = ()  # bundles that ran, per core
-    dma_wait: float = 0.0  # cycles, the slower core
-    dma_bytes: float = 0  # all cores
-    slots: dict[str, float] = dataclasses.field(default_factory=dict)  # share of issue slots used, 0 to 1, over all cores
-    used: dict[str, float] = dataclasses.field(default_factory=dict)  # slots issued, all cores; "VSTORE:SPILL": spills
-    hot: Hot | None = None
-    loops: tuple[Loop, ...] = ()  # those with most trips
-    unknown_loads: dict[str, int] = dataclasses.field(default_factory=dict)  # as in simulate.Run, summed over the cores
-    unknown_ops: dict[str, int] = dataclasses.field(default_factory=dict)
-    undecided: dict[str, int] = dataclasses.field(default_factory=dict)
-    unfed: tuple[str, ...] = ()
-
-    @property
-    def is_kernel(self):
-        return self.opcode == "kernel"
-
-    def valu_per_register(self, scores: float, hot: bool = False) -> float:
-        """Vector ALU operations per 1024 float32 scores, for a kernel that computes `scores` of them (hot: only its hottest stretch)."""
-        return (self.hot.used if hot else self.used)["VALU"] / (scores / 1024)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    target: str
-    generation: str
-    calibrated: bool
-    megahertz: float
-    jax: str
-    libtpu: str
-    argument_bytes: int
-    temp_bytes: int
-    ops: tuple[OpCost, ...]  # in order of execution
-
-    @property
-    def cycles(self) -> float:
-        return sum(op.calls * op.cycles for op in self.ops)
-
-    @property
-    def microseconds(self) -> float:
-        return self.cycles / self.megahertz
-
-    @property
-    def kernels(self) -> tuple[OpCost, ...]:
-        return tuple(op for op in self.ops if op.is_kernel)
-
-    @property
-    def unpriced(self) -> tuple[str, ...]:
-        """Instructions whose time is missing from the sum."""
-        return tuple(op.name for op in self.ops if op.source == "unpriced")
-
-    def table(self) -> str:
-        """Lines for people: the costliest instructions and the units of each."""
-        issued = any(op.source == "bundles" for op in self.ops)
-        note = "" if self.calibrated else f" ({'bundles issued, ' if issued else ''}not calibrated on this generation)"
-        lines = [f"{self.target} on {self.generation}: {self.cycles:,.0f} cycles = {self.microseconds:,.1f} us{note}"]
-        for op in sorted(self.ops, key=lambda op: -op.calls * op.cycles)[:12]:
-            lines.append(f"  {op.calls}x {op.name[:40]:40s} {op.cycles:12,.0f} cycles  {op.source}{_units(op)}")
-        return "\n".join(lines + ([f"  without a price: {', '.join(self.unpriced)}"] if self.unpriced else []))
-
-
-def _units(op):
-    if not op.hot:
-        return ""
-    names = [name for name in op.slots if name in ("MXU", "VALU", "XLU", "EUP", "VLOAD", "VSTORE")]
-    shares = " ".join(f"{name} {100 * op.slots[name]:.0f}/{100 * op.hot.slots[name]:.0f}" for name in names)
-    return f"; slots %, all/hot: {shares}; spills {op.used.get('VSTORE:SPILL', 0):,.0f} fills {op.used.get('VLOAD:FILL', 0):,.0f}"
 
 
 def measure(
@@ -168,7 +68,7 @@ def profile(text, dumped, generation, *, arguments=(), constants=None, strict=Tr
     arguments: those of the program, None where not known; constants: {kernel: [{operand: array} of each run]}.
     """
     module = hlo.parse(text)
-    return _Profile(module, dumped, simulate.CORES[generation], _Known(module, arguments, constants or {}), strict).costs(module.entry, 1)
+    return _Profile(module, dumped, CORES[generation], _Known(module, arguments, constants or {}), strict).costs(module.entry, 1)
 
 
 # Whatever is not free and has neither bundles nor an estimate is listed as unpriced.
@@ -201,7 +101,7 @@ class _Known:
 
     def _result(self, name):
         instruction = self.instructions.get(name)
-        while instruction is not None and instruction.opcode in ("bitcast", "copy"):
+        while instruction is not None and instruction.opcode in ("bitcast", "copy", "copy-start", "copy-done"):
             name = instruction.operands[0]
             instruction = self.instructions.get(name)
         if instruction is not None and instruction.opcode == "get-tuple-element":
@@ -283,7 +183,9 @@ def _simulated(files, core, tables, weights):
     runs = [[simulate.run(program, core, number, operands) for number in range(core.cores)] for operands in tables]
     slower = [max(cores, key=lambda run: run.cycles) for cores in runs]
     total, every = sum(weights), [run for cores in runs for run in cores]
-    executed = sum(weight * np.array(run.executed) for weight, cores in zip(weights, runs) for run in cores).tolist()
+    weighted = [(weight, run) for weight, cores in zip(weights, runs) for run in cores]
+    executed = sum(weight * np.array(run.executed) for weight, run in weighted).tolist()
+    waits = _summed({at: weight * wait for at, wait in run.matmul_waits.items()} for weight, run in weighted)
 
     def mean(values):
         return sum(weight * value for weight, value in zip(weights, values)) / total
@@ -291,20 +193,23 @@ def _simulated(files, core, tables, weights):
     def per_core(field):
         return tuple(mean(getattr(run, field) for run in one_core) for one_core in zip(*runs))
 
+    cycles = mean(run.cycles for run in slower)
     cost = OpCost(
         name="",
         opcode="",
         calls=1,
         source="bundles",
-        cycles=mean(run.cycles for run in slower),
+        cycles=cycles,
         bundles=len(program.bundles),
         core_cycles=per_core("cycles"),
         issued=per_core("issued"),
         dma_wait=mean(run.dma_wait for run in slower),
         dma_bytes=mean(sum(run.dma_bytes for run in cores) for cores in runs),
-        slots=simulate.slot_shares(slots, executed),
+        matmul_wait=mean(sum(run.matmul_waits.values()) for run in slower),
+        mxu=_mxu(program, core, executed, total * core.cores * cycles),
+        slots=usage.slot_shares(slots, executed),
         used=_used(slots, executed, total),
-        hot=_hot(slots, executed, total),
+        hot=_hot(program, core, slots, executed, total, waits),
         loops=_loops(runs[0]),
         unknown_loads=_summed(run.unknown_loads for run in every),
         unknown_ops=_summed(run.unknown_ops for run in every),
@@ -315,19 +220,31 @@ def _simulated(files, core, tables, weights):
 
 
 def _used(slots, executed, total, *span):
-    return {name: number / total for name, number in simulate.slots_used(slots, executed, *span).items()}
+    return {name: number / total for name, number in usage.slots_used(slots, executed, *span).items()}
 
 
-def _hot(slots, executed, total):
-    first, last = simulate.hottest(executed)
+def _hot(program, core, slots, executed, total, waits):
+    first, last = usage.hottest(executed)
+    wait = sum(waits.get(at, 0.0) for at in range(first, last))
     return Hot(
         first=first,
         last=last,
         executions=executed[first] / total,
         share=sum(executed[first:last]) / sum(executed),
-        slots=simulate.slot_shares(slots, executed, first, last),
+        matmul_wait=wait / total,
+        mxu=_mxu(program, core, executed, sum(executed[first:last]) + wait, first, last),
+        slots=usage.slot_shares(slots, executed, first, last),
         used=_used(slots, executed, total, first, last),
     )
+
+
+def _mxu(program, core, executed, cycles, first=0, last=None):
+    """Share of the time of all matrix units, of `cycles` each, in which the bundles from first to last - 1 feed them."""
+    if not core.matrix_units:
+        return None
+    span = range(first, len(executed) if last is None else last)
+    rows = sum(executed[at] * rows for at, fed in program.matmuls.items() if at in span for _, rows in fed)
+    return rows / (core.matrix_units * cycles) if cycles else 0.0
 
 
 def _loops(cores):
@@ -402,7 +319,7 @@ def _child(request):
     module, _, function = request["target"].partition(":")
     f, shapes = getattr(importlib.import_module(module), function)(**request["arguments"])
     traced, compiled = topology.trace_and_compile_for(request["generation"], f, *shapes, keep_unused=True)
-    text, memory, core = compiled.as_text(), compiled.memory_analysis(), simulate.CORES[request["generation"]]
+    text, memory, core = compiled.as_text(), compiled.memory_analysis(), CORES[request["generation"]]
     arguments = [a if isinstance(a, (np.ndarray, jax.Array)) else None for a in jax.tree.leaves(shapes)]
     constants = matched(hlo.parse(text), tables.kernel_calls(traced.jaxpr, arguments), request["tables"])
     dumped = dump.read(request["dump"])

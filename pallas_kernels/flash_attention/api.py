@@ -12,7 +12,7 @@ _OP = "flash_attention"
 
 def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_window_size=None, global_tokens=0, segment_ids=None,
                     kv_segment_ids=None, positions=None, kv_positions=None, logits_soft_cap=None, sinks=None, scale=None,
-                    return_residual=False, implementation=None, interpret=None):
+                    return_residual=False, out_dtype=None, implementation=None, interpret=None):
     """softmax(scale q k^T) v without the T x S matrix; names and meanings follow `jax.nn.dot_product_attention`.
 
     A key is visible iff `kv_segment == segment != 0`, its position is not -1 (an empty slot), and
@@ -32,11 +32,12 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
       sinks: [N], a learned logit per head that joins the denominator only.
       scale: None is H ** -0.5.
       return_residual: also return logsumexp [B,T,N] float32 (float64 for float64 inputs), sink included; differentiable.
-      implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
+      out_dtype: of the output; None is the query's. Results over parts of the keys stay float32 until they are joined.
+      implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu" (which rounds to the query's dtype whatever out_dtype is).
       interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
     Returns:
-      out [B,T,N,P] in the query's dtype, or (out, residual).
+      out [B,T,N,P], or (out, residual).
 
     >>> import jax.numpy as jnp
     >>> q = k = v = jnp.ones((1, 4, 2, 8))
@@ -45,11 +46,40 @@ def flash_attention(query_BTNH, key_BSKH, value_BSKP, *, is_causal=True, local_w
     """
     _check_arrays(query_BTNH, key_BSKH, value_BSKP, sinks)
     sinks = None if sinks is None else jnp.asarray(sinks)
-    spec = _spec(query_BTNH.shape[-1], is_causal, local_window_size, global_tokens, logits_soft_cap, scale)
+    out_dtype = None if out_dtype is None else jnp.dtype(out_dtype).name
+    spec = _spec(query_BTNH.shape[-1], is_causal, local_window_size, global_tokens, logits_soft_cap, scale, out_dtype)
     index = _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions)
     arguments = (*(jnp.asarray(x) for x in (query_BTNH, key_BSKH, value_BSKP)), index, sinks, spec)
     out_BTNP, lse_BTN = dispatch.pick(_OP, "attend", implementation, interpret, arguments)(*arguments)
+    out_BTNP = out_BTNP.astype(out_dtype or out_BTNP.dtype)
     return (out_BTNP, lse_BTN) if return_residual else out_BTNP
+
+
+def flash_attention_grads(query_BTNH, key_BSKH, value_BSKP, lse_BTN, delta_BTN, d_out_BTNP, *, is_causal=True, local_window_size=None,
+                          global_tokens=0, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, logits_soft_cap=None,
+                          scale=None, implementation=None, interpret=None):
+    """(dq, dk, dv) float32 (float64 for float64 inputs) of queries that met these keys and others, for who keeps no graph: a ring.
+
+    The probabilities are exp(score - lse): with `lse` the logsumexp over all keys (and the sink), each part of the keys gives its share of
+    dq, and its own dk and dv (FlashAttention-2, arXiv:2307.08691, algorithm 2). The forward pass is not run again.
+
+    Args:
+      lse_BTN: -inf where a query saw no key at all.
+      delta_BTN: rowsum(out * d_out), less the gradient of lse if it has one.
+      d_out_BTNP: gradient of the output over all keys.
+      All others as in `flash_attention`.
+    """
+    _check_arrays(query_BTNH, key_BSKH, value_BSKP, None)
+    B, T, N, _ = query_BTNH.shape
+    for name, x in (("lse_BTN", lse_BTN), ("delta_BTN", delta_BTN)):
+        checks.shape(_OP, name, x, (B, T, N), "rows and heads of query_BTNH")
+    checks.shape(_OP, "d_out_BTNP", d_out_BTNP, (B, T, N, value_BSKP.shape[3]), "rows and heads of query_BTNH, width of value_BSKP")
+    spec = _spec(query_BTNH.shape[-1], is_causal, local_window_size, global_tokens, logits_soft_cap, scale)
+    index = _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions)
+    q, k, v, lse_BTN, delta_BTN, d_out_BTNP = (jnp.asarray(x) for x in (query_BTNH, key_BSKH, value_BSKP, lse_BTN, delta_BTN, d_out_BTNP))
+    run = dispatch.pick(_OP, "gradients", implementation, interpret, (q, k, v, index, None, spec))
+    dtype = checks.accumulator(q.dtype)
+    return tuple(x.astype(dtype) for x in run(q, k, v, index, lse_BTN.astype(dtype), delta_BTN.astype(dtype), d_out_BTNP, spec))
 
 
 def _check_arrays(query_BTNH, key_BSKH, value_BSKP, sinks):
@@ -69,7 +99,7 @@ def _check_arrays(query_BTNH, key_BSKH, value_BSKP, sinks):
         checks.floating(_OP, "sinks", sinks)
 
 
-def _spec(H, is_causal, window, global_tokens, soft_cap, scale):
+def _spec(H, is_causal, window, global_tokens, soft_cap, scale, out_dtype=None):
     if isinstance(window, (tuple, list)):
         raise TypeError(f"{_OP}: local_window_size={window!r} must be one integer or None; (w, 0) with is_causal is local_window_size=w.")
     if window is not None:
@@ -80,7 +110,7 @@ def _spec(H, is_causal, window, global_tokens, soft_cap, scale):
     if scale is not None:
         checks.number(_OP, "scale", scale)
     scale = H**-0.5 if scale is None else float(scale)
-    return Spec(bool(is_causal), None if window is None else int(window), int(global_tokens), soft_cap, scale)
+    return Spec(bool(is_causal), None if window is None else int(window), int(global_tokens), soft_cap, scale, out_dtype)
 
 
 def _index(query_BTNH, key_BSKH, segment_ids, kv_segment_ids, positions, kv_positions):

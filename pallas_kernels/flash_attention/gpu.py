@@ -29,6 +29,13 @@ def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec, *, interpret=
     return out_BTNP, lse_BNT.swapaxes(1, 2)
 
 
+def gradients(query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, delta_BTN, d_out_BTNP, spec, *, interpret=False):
+    """(dq, dk, dv) in the inputs' dtype, from a logsumexp over these keys and perhaps others."""
+    rows = lse_BTN.swapaxes(1, 2), delta_BTN.swapaxes(1, 2)
+    arrays = query_BTNH, key_BSKH, value_BSKP, d_out_BTNP.astype(query_BTNH.dtype)
+    return _gradients(spec, gpu.interpretation(interpret), *arrays, index, *rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _core(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
     T, S, P = q_BTNH.shape[1], k_BSKH.shape[1], v_BSKP.shape[3]
@@ -47,14 +54,16 @@ def _core_fwd(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
 def _core_bwd(spec, interpret, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKP, index, sinks_N, out_BTNP, lse_BNT = residuals
     do_BTNP, dlse_BNT = cotangents
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     delta_BNT = jnp.einsum("btnp,btnp->bnt", out_BTNP, do_BTNP, preferred_element_type=jnp.float32) - dlse_BNT
-    q, k, v, do = (_aligned(x) for x in (q_BTNH, k_BSKH, v_BSKP, do_BTNP))
-    ids_of = functools.partial(_ids, index, spec)
-    dq, dk, dv = gpu_backward.backward(spec, interpret, q, k, v, do, lse_BNT, delta_BNT, ids_of, T, S)
     dsinks_N = None if sinks_N is None else _sink_gradient(sinks_N, lse_BNT, delta_BNT)
-    H, P = q_BTNH.shape[3], v_BSKP.shape[3]
-    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :P], None, dsinks_N
+    return *_gradients(spec, interpret, q_BTNH, k_BSKH, v_BSKP, do_BTNP, index, lse_BNT, delta_BNT), None, dsinks_N
+
+
+def _gradients(spec, interpret, q_BTNH, k_BSKH, v_BSKP, do_BTNP, index, lse_BNT, delta_BNT):
+    (T, _, H), (S, _, P) = q_BTNH.shape[1:], v_BSKP.shape[1:]
+    q, k, v, do = (_aligned(x) for x in (q_BTNH, k_BSKH, v_BSKP, do_BTNP))
+    dq, dk, dv = gpu_backward.backward(spec, interpret, q, k, v, do, lse_BNT, delta_BNT, functools.partial(_ids, index, spec), T, S)
+    return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :P]
 
 
 def _sink_gradient(sinks_N, lse_BNT, delta_BNT):

@@ -97,14 +97,7 @@ def _query_gradient(spec, interpret, arrays, ids, shape):
 
         @pl.when(wg == gpu.COPIER)
         def _copy():
-            plgpu.set_max_registers(gpu.COPY_REGISTERS, action="decrease")
-            kv_head = plan.div(n, N // k_BSKH.shape[2])
-
-            @pl.loop(0, steps.total)
-            def _(step):
-                source = (b, pl.ds(steps.block(step) * shape.k_rows, shape.k_rows), kv_head)
-                k_ring.fill(step, k_ref.at[source])
-                v_ring.fill(step, v_ref.at[source])
+            plan.copy_keys(steps, shape, b, plan.div(n, N // k_BSKH.shape[2]), (k_ring, v_ring), (k_ref, v_ref))
 
         @pl.when(wg < gpu.COMPUTE)
         def _compute():

@@ -239,3 +239,14 @@ class Steps:
             ranges = (queries_of if of_keys else keys_of)(tile, shape, spec)
             self.masked, self.total = ranges.counts()
             self.block = ranges.block
+
+
+def copy_keys(steps, shape, b, kv_head, rings, refs):
+    """What the copying warpgroup does for a tile of queries: keys and values of every block in `steps`, each into its ring."""
+    gpu.mosaic().set_max_registers(gpu.COPY_REGISTERS, action="decrease")
+
+    @pl.loop(0, steps.total)
+    def _(step):
+        rows = pl.ds(steps.block(step) * shape.k_rows, shape.k_rows)
+        for ring, ref in zip(rings, refs, strict=True):
+            ring.fill(step, ref.at[b, rows, kv_head])

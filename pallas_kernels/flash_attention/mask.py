@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_BLOCK = 512  # keys counted at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -17,6 +19,7 @@ class Spec:
     global_tokens: int  # first tokens of each segment, visible past the window
     soft_cap: float | None
     scale: float
+    out_dtype: str | None = None  # None: the query's
 
 
 class Index(NamedTuple):
@@ -48,7 +51,7 @@ def sides(index, T, S, spec):
     is_global = None
     if spec.window is not None and spec.global_tokens:
         dynamic = index.kv_segment_BS is not None or index.kv_position_BS is not None
-        is_global = (_rank_in_segment(index, kv_position) if dynamic else kv_position) < spec.global_tokens
+        is_global = _first_in_segment(index, kv_position, spec.global_tokens) if dynamic else kv_position < spec.global_tokens
     return Side(q_position, index.q_segment_BT), Side(kv_position, index.kv_segment_BS, is_global)
 
 
@@ -66,14 +69,42 @@ def visible(q, k, spec):
     return see
 
 
-def _rank_in_segment(index, kv_position):
-    """[B, S]: how many keys of the same segment come before this one, in order of position. Empty slots do not count."""
-    position_BS = jnp.atleast_2d(kv_position)
+def _first_in_segment(index, kv_position, count):
+    """bool [B, S]: fewer than `count` keys of the same segment come before this one, in order of position. False where a key is empty.
+
+    Keys are counted, not sorted: compiling a sort for a TPU takes seconds. Every block is compared with itself, then with the block before
+    it, and so on all around, until no key that may still be a first one can find another before it: two steps where segments are in order.
+    """
+    position_BS = jnp.atleast_2d(kv_position).astype(jnp.int32)
     segment_BS = index.kv_segment_BS if index.kv_segment_BS is not None else jnp.ones_like(position_BS)
-    position_BS = jnp.broadcast_to(position_BS, segment_BS.shape)
-    segment_BS = jnp.where(position_BS < 0, 0, segment_BS)
-    place_BS = jax.lax.broadcasted_iota(jnp.int32, segment_BS.shape, 1)
-    segment_BS, _, source_BS = jax.lax.sort((segment_BS, position_BS, place_BS), dimension=1, num_keys=2)
-    starts_BS = jnp.concatenate([jnp.ones_like(segment_BS[:, :1], bool), segment_BS[:, 1:] != segment_BS[:, :-1]], axis=1)
-    rank_BS = place_BS - jax.lax.cummax(jnp.where(starts_BS, place_BS, 0), axis=1)
-    return jax.lax.sort((source_BS, rank_BS), dimension=1, num_keys=1)[1]
+    B, S = segment_BS.shape
+    block = min(_BLOCK, S)
+    blocks = -(-S // block)
+    cut = lambda x: jnp.pad(jnp.broadcast_to(x, (B, S)), ((0, 0), (0, blocks * block - S))).reshape(B, blocks, block)  # noqa: E731
+    real = cut((position_BS >= 0) & (segment_BS != 0))
+    keys = jnp.where(real, cut(segment_BS), 0), cut(position_BS), cut(jnp.arange(S))
+    furthest = _furthest(*keys[:2], real)
+
+    def goes_on(carry):
+        step, rank, _ = carry
+        return (real & (rank < count) & (step <= furthest)).any()
+
+    def compare(carry):
+        step, rank, others = carry
+        segment, position, place = (x[..., None, :] for x in keys)
+        segment_, position_, place_ = (x[..., :, None] for x in others)
+        before = (segment_ == segment) & (position_ - (place_ < place) < position)  # at equal positions, the one that stands first
+        return step + 1, rank + before.sum(-2, dtype=jnp.int32), tuple(jnp.roll(x, 1, axis=1) for x in others)
+
+    _, rank, _ = jax.lax.while_loop(goes_on, compare, (jnp.int32(0), jnp.zeros_like(real, jnp.int32), keys))
+    return (real & (rank < count)).reshape(B, -1)[:, :S]
+
+
+def _furthest(segment, position, real):
+    """[B, blocks, block]: how many blocks before its own, all around, the last one lies that may hold a key that comes before this one."""
+    n = real.shape[1]
+    least = lambda x: jnp.where(real, x, jnp.iinfo(x.dtype).max).min(-1)[:, None, None]  # noqa: E731
+    greatest = jnp.where(real, segment, jnp.iinfo(segment.dtype).min).max(-1)[:, None, None]
+    may = (least(segment) <= segment[..., None]) & (segment[..., None] <= greatest) & (least(position) <= position[..., None])
+    steps = (jnp.arange(n)[:, None, None] - jnp.arange(n)) % n
+    return jnp.where(may, steps, 0).max(-1)

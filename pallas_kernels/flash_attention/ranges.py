@@ -218,23 +218,48 @@ def _full(plan, q, k, order):
 
 
 def kv_steps(plan, tables, b, i):
+    if _simple(plan):
+        reach = jnp.minimum((i + 1) * plan.block_q, plan.T) - 1
+        return 1 + _divide(reach, plan.block_kv, plan.kv_blocks - 1) if plan.spec.is_causal else plan.kv_blocks
     return tables.rows[2 * _place(plan, b, i, plan.q_blocks)]
 
 
 def q_steps(plan, tables, b, j):
+    if _simple(plan):
+        return plan.q_blocks - _first_query_block(plan, j)
     return tables.columns[2 * _place(plan, b, j, plan.kv_blocks)]
 
 
 def kv_block(plan, tables, b, i, step):
-    at = 2 * _place(plan, b, i, plan.q_blocks)
-    step = jnp.maximum(jnp.minimum(step, tables.rows[at] - 1), 0)
-    shift = tables.rows[at + 1]
+    step = jnp.maximum(jnp.minimum(step, kv_steps(plan, tables, b, i) - 1), 0)
+    if _simple(plan):
+        return step
+    shift = tables.rows[2 * _place(plan, b, i, plan.q_blocks) + 1]
     return step + (shift if plan.leading == 0 else jnp.where(step < plan.leading, 0, shift))
 
 
 def q_block(plan, tables, b, j, step):
-    at = 2 * _place(plan, b, j, plan.kv_blocks)
-    return jnp.maximum(jnp.minimum(step, tables.columns[at] - 1), 0) + tables.columns[at + 1]
+    steps = q_steps(plan, tables, b, j)
+    step = jnp.maximum(jnp.minimum(step, steps - 1), 0)
+    if _simple(plan):
+        return jnp.where(steps > 0, step + _first_query_block(plan, j), 0)
+    return step + tables.columns[2 * _place(plan, b, j, plan.kv_blocks) + 1]
+
+
+def _simple(plan):
+    """Rows and columns of a static mask without a window follow from their number with no table."""
+    return plan.static and plan.spec.window is None
+
+
+def _first_query_block(plan, j):
+    return _divide(j * plan.block_kv, plan.block_q, plan.q_blocks) if plan.spec.is_causal else 0
+
+
+def _divide(x, n, most):
+    """min(x // n, most) for 0 <= x, without a division on the scalar core where possible."""
+    if most <= 1:
+        return jnp.where(x >= n, most, 0)
+    return jnp.minimum(x >> n.bit_length() - 1 if n & (n - 1) == 0 else x // n, most)
 
 
 def tile_is_empty(plan, tables, b, i, j):

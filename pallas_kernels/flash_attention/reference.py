@@ -2,6 +2,7 @@
 
 B batch, T query, S key, N heads, K kv heads, H head dim, P value dim.
 """
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import accumulator
@@ -9,17 +10,11 @@ from pallas_kernels.flash_attention.mask import sides, visible
 
 
 def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
-    """(out [B,T,N,P] in the query's dtype, logsumexp [B,T,N])."""
-    B, T, N, _ = query_BTNH.shape
-    S, K = key_BSKH.shape[1:3]
-    dtype = accumulator(query_BTNH.dtype)
-    q_BTNH = query_BTNH.astype(dtype)
-    k_BSNH, v_BSNP = (jnp.repeat(x.astype(dtype), N // K, axis=2) for x in (key_BSKH, value_BSKP))
-    s_BNTS = spec.scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, precision="highest")
-    if spec.soft_cap is not None:
-        s_BNTS = spec.soft_cap * jnp.tanh(s_BNTS / spec.soft_cap)
-    see = visible(*sides(index, T, S, spec), spec)
-    see_BNTS = jnp.broadcast_to(see if see.ndim == 2 else see[:, None], s_BNTS.shape)
+    """(out [B,T,N,P], logsumexp [B,T,N])."""
+    dtype, heads = accumulator(query_BTNH.dtype), query_BTNH.shape[2]
+    q_BTNH, k_BSNH, v_BSNP = (_per_head(x, heads, dtype) for x in (query_BTNH, key_BSKH, value_BSKP))
+    s_BNTS = _scores(q_BTNH, k_BSNH, spec)
+    see_BNTS = _see(s_BNTS, index, spec)
     seen_BNT = see_BNTS.any(-1)
     # Rows that see nothing keep finite scores, so that no NaN meets the zero that multiplies it, in values or gradients.
     s_BNTS = jnp.where(see_BNTS, s_BNTS, jnp.where(seen_BNT[..., None], -jnp.inf, 0.0))
@@ -32,4 +27,33 @@ def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
     p_BNTS = jnp.where(seen_BNT[..., None], p_BNTS / l_BNT1, 0.0)
     lse_BNT = jnp.where(seen_BNT, (m_BNT1 + jnp.log(l_BNT1))[..., 0], -jnp.inf)
     out_BTNP = jnp.einsum("bnts,bsnp->btnp", p_BNTS, v_BSNP, precision="highest")
-    return out_BTNP.astype(query_BTNH.dtype), lse_BNT.swapaxes(1, 2)
+    return out_BTNP.astype(spec.out_dtype or query_BTNH.dtype), lse_BNT.swapaxes(1, 2)
+
+
+def gradients(query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, delta_BTN, d_out_BTNP, spec):
+    """(dq, dk, dv) in the accumulator's dtype, from a logsumexp over these keys and perhaps others."""
+    dtype, heads = lse_BTN.dtype, query_BTNH.shape[2]
+    q_BTNH, k_BSNH, v_BSNP = (_per_head(x, heads, dtype) for x in (query_BTNH, key_BSKH, value_BSKP))
+    s_BNTS, pull = jax.vjp(lambda q, k: _scores(q, k, spec), q_BTNH, k_BSNH)
+    lse_BNT1, delta_BNT1 = (x.swapaxes(1, 2)[..., None] for x in (lse_BTN, delta_BTN))
+    p_BNTS = jnp.where(_see(s_BNTS, index, spec), jnp.exp(s_BNTS - lse_BNT1), 0.0)
+    d_out_BTNP = d_out_BTNP.astype(dtype)
+    dp_BNTS = jnp.einsum("btnp,bsnp->bnts", d_out_BTNP, v_BSNP, precision="highest")
+    dq_BTNH, dk_BSNH = pull(p_BNTS * (dp_BNTS - delta_BNT1))
+    dv_BSNP = jnp.einsum("bnts,btnp->bsnp", p_BNTS, d_out_BTNP, precision="highest")
+    B, S, K, _ = key_BSKH.shape
+    return dq_BTNH, *(x.reshape(B, S, K, heads // K, -1).sum(3) for x in (dk_BSNH, dv_BSNP))
+
+
+def _per_head(x_BTKH, heads, dtype):
+    return jnp.repeat(x_BTKH.astype(dtype), heads // x_BTKH.shape[2], axis=2)
+
+
+def _scores(q_BTNH, k_BSNH, spec):
+    s_BNTS = spec.scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, precision="highest")
+    return s_BNTS if spec.soft_cap is None else spec.soft_cap * jnp.tanh(s_BNTS / spec.soft_cap)
+
+
+def _see(s_BNTS, index, spec):
+    see = visible(*sides(index, *s_BNTS.shape[2:], spec), spec)
+    return jnp.broadcast_to(see if see.ndim == 2 else see[:, None], s_BNTS.shape)

@@ -20,9 +20,16 @@ def unsupported(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
 
 
 def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec, *, interpret=False):
-    """(out [B,T,N,P] in the query's dtype, logsumexp [B,T,N] float32)."""
+    """(out [B,T,N,P], logsumexp [B,T,N] float32)."""
     index = type(index)(*(None if x is None else x.astype(jnp.int32) for x in index))
     return _attend(spec, interpret, query_BTNH, key_BSKH, value_BSKP, index, sinks_N)
+
+
+def gradients(query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, delta_BTN, d_out_BTNP, spec, *, interpret=False):
+    """(dq, dk, dv) float32, from a logsumexp over these keys and perhaps others."""
+    index = type(index)(*(None if x is None else x.astype(jnp.int32) for x in index))
+    d_out_BTNP = d_out_BTNP.astype(query_BTNH.dtype)
+    return tpu_backward.backward(spec, query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, d_out_BTNP, delta_BTN, interpret, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -39,6 +46,7 @@ def _attend_bwd(spec, interpret, residuals, cotangents):
     q_BTNH, k_BSKH, v_BSKP, index, sinks_N, out_BTNP, lse_BTN = residuals
     do_BTNP, dlse_BTN = cotangents
     delta_BTN = (out_BTNP.astype(jnp.float32) * do_BTNP.astype(jnp.float32)).sum(-1) - dlse_BTN
+    do_BTNP = do_BTNP.astype(q_BTNH.dtype)
     dq, dk, dv = tpu_backward.backward(spec, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN, interpret)
     dsinks_N = None
     if sinks_N is not None:

@@ -48,14 +48,15 @@ def _tiles(dtype):
     return ((256, 512), *small) if _is_tight() else ((512, 1024), (256, 512), *small)
 
 
-def blocks(T, S, H, P, dtype):
+def blocks(T, S, H, P, dtype, out_dtype=None):
     """Blocks that fit the VMEM of a core of the chip the program is for. H and P in whole lanes."""
-    width = jnp.dtype(dtype).itemsize
+    width, out_width = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype or dtype).itemsize
     for q, kv in _tiles(dtype):
         q, kv = min(q, tpu.round_up(T, tpu.LANES)), min(kv, tpu.round_up(S, tpu.LANES))
         # Per query: q, do and dq twice (a pipeline holds two of each), the sum of dq, statistics and bounds in rows of 8 sublanes.
-        per_query = 2 * (2 * H + P) * width + 4 * H + 2 * 2 * 8 * 4
-        # Keys: k and v twice; sums new, being written, and read; bounds as columns. Scores: p, dp and ds, kept or spilled.
+        per_query = 2 * (H + P) * width + 2 * H * out_width + 4 * H + 2 * 2 * 8 * 4
+        # Keys: k and v twice; sums new, being written, and read (or new, and results twice); bounds as columns.
+        # Scores: p, dp and ds, kept or spilled.
         rest = kv * (H + P) * (2 * width + 12) + 3 * kv * tpu.LANES * 4 + q * kv * (8 + 2 * width)
         if dtype == jnp.float32:  # its operands in three pieces of bfloat16
             rest += 8 * (q + kv) * (H + P)
@@ -66,13 +67,13 @@ def blocks(T, S, H, P, dtype):
     return Blocks(tpu.round_up(-(-T // number), q), q, kv)
 
 
-def backward(spec, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN, interpret=False):
-    """(dq_BTNH, dk_BSKH, dv_BSKP) in the dtypes of q, k, v.
+def backward(spec, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN, interpret=False, out_dtype=None):
+    """(dq_BTNH, dk_BSKH, dv_BSKP) in `out_dtype` (None: that of q, k, v).
 
     lse is the logsumexp that normalised the forward pass (sinks included), -inf where a query saw nothing; delta is
     rowsum(out * d out) - d lse. Both are float32.
     """
-    run = jax.custom_batching.custom_vmap(functools.partial(_backward, spec, interpret))
+    run = jax.custom_batching.custom_vmap(functools.partial(_backward, spec, interpret, jnp.dtype(out_dtype or q_BTNH.dtype)))
     run.def_vmap(functools.partial(_fold_batch, run))
     return run(q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN)
 
@@ -84,17 +85,17 @@ def _fold_batch(run, size, batched, *args):
     return tuple(x.reshape(size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
 
 
-def _backward(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN):
+def _backward(spec, interpret, out_dtype, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN):
     (B, T, N, H), (S, K, P) = q_BTNH.shape, v_BSKP.shape[1:]
     lanes = lambda x: tpu.round_up(x, tpu.LANES)  # noqa: E731
-    size = blocks(T, S, lanes(H), lanes(P), q_BTNH.dtype)
+    size = blocks(T, S, lanes(H), lanes(P), q_BTNH.dtype, out_dtype)
     shape, tables = _shape_and_tables(spec, index, B, T, S, N, K, lanes(H), lanes(P), size)
     rows = _rows(shape, lse_BTN, delta_BTN)
     operands = [_flat(x, size) for x, size in ((q_BTNH, size.q), (do_BTNP, size.q), (k_BSKH, size.kv), (v_BSKP, size.kv))]
     bounds = [] if shape.plan.static else _bounds(shape, index, T, S, spec)
-    dq, dk, dv = _call(shape, tables, operands, rows, bounds, interpret)
+    dq, dk, dv = _call(shape, tables, operands, rows, bounds, interpret, out_dtype)
     dq_BTNH = dq[:, :T].reshape(B, T, N, -1)[..., :H]
-    dk_BSKH, dv_BSKP = (_total(shape, x, c)[:, :S].reshape(B, S, K, -1)[..., :size].astype(k_BSKH.dtype)
+    dk_BSKH, dv_BSKP = (_total(shape, x, c)[:, :S].reshape(B, S, K, -1)[..., :size].astype(out_dtype)
                         for x, size, c in ((dk, H, shape.scale), (dv, P, 1.0)))
     return dq_BTNH, dk_BSKH, dv_BSKP
 
@@ -161,11 +162,10 @@ def _bounds(shape, index, T, S, spec):
 # The call.
 
 
-def _call(shape, tables, operands, rows, bounds, interpret):
+def _call(shape, tables, operands, rows, bounds, interpret, out_dtype):
     steps, span_plan, tile_tables, span_tables = tables
     size, H, P = shape.blocks, shape.H, shape.P
     q, do, k, v = operands
-    dtype = q.dtype
     scalars = (span_tables.rows, *tile_tables[1:])
 
     def kv_index(p, u, step, rows_ref):
@@ -197,11 +197,11 @@ def _call(shape, tables, operands, rows, bounds, interpret):
             return b, j, 0, 0
         in_specs += [pl.BlockSpec((1, 1, shape.tiles, 2, size.q), q_bounds_at), pl.BlockSpec((1, 1, 3, size.kv), k_bounds_at)]
 
-    out_shape = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    out_shape = [jax.ShapeDtypeStruct(q.shape, out_dtype)]
     out_specs = [q_spec(H)]
     sums, aliases = [], {}
     if shape.direct:
-        out_shape += [jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v)]
+        out_shape += [jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (k, v)]
         out_specs += [kv_spec(H), kv_spec(P)]
     else:
         sums = [jnp.zeros((shape.parts, shape.B, shape.plan.kv_blocks * size.kv, shape.K * w), jnp.float32) for w in (H, P)]

@@ -28,7 +28,7 @@ BACKWARD_BLOCK = 256
 
 
 def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
-    """(out [B,T,N,P] in the query's dtype, logsumexp [B,T,N])."""
+    """(out [B,T,N,P], logsumexp [B,T,N])."""
     B, T, N, H = query_BTNH.shape
     S, K = key_BSKH.shape[1:3]
     q_BKGTH = query_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -36,8 +36,19 @@ def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
     out_BKGTP, lse_BKGT = _core(spec, plan, q_BKGTH, key_BSKH.swapaxes(1, 2), value_BSKP.swapaxes(1, 2), index)
     if sinks_N is not None:
         out_BKGTP, lse_BKGT = _add_sinks(out_BKGTP, lse_BKGT, sinks_N.reshape(K, N // K, 1))
-    out_BTNP = out_BKGTP.astype(query_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    out_BTNP = out_BKGTP.astype(spec.out_dtype or query_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
     return out_BTNP, lse_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def gradients(query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, delta_BTN, d_out_BTNP, spec):
+    """(dq, dk, dv) in the accumulator's dtype, from a logsumexp over these keys and perhaps others."""
+    B, T, N, H = query_BTNH.shape
+    S, K = key_BSKH.shape[1:3]
+    by_group = lambda x: jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)  # noqa: E731
+    rows = by_group(lse_BTN), by_group(d_out_BTNP.astype(query_BTNH.dtype)), by_group(delta_BTN)
+    arrays = by_group(query_BTNH), key_BSKH.swapaxes(1, 2), value_BSKP.swapaxes(1, 2)
+    dq_BKGTH, dk_BKHS, dv_BKPS = _gradients(spec, _unrolled_plan(T, S, spec, index), *arrays, index, *rows)
+    return jnp.moveaxis(dq_BKGTH, 3, 1).reshape(B, T, N, H), dk_BKHS.transpose(0, 3, 1, 2), dv_BKPS.transpose(0, 3, 1, 2)
 
 
 def _add_sinks(out_BKGTP, lse_BKGT, sinks_KG1):
@@ -120,10 +131,14 @@ def _core_bwd(spec, plan, residuals, cotangents):
     q_BKGTH, k_BKSH, v_BKSP, index, out_BKGTP, lse_BKGT = residuals
     do_BKGTP, dlse_BKGT = cotangents
     delta_BKGT = (out_BKGTP * do_BKGTP).sum(-1) - dlse_BKGT
-    backward = _backward_scanned if plan is None else functools.partial(_backward_unrolled, plan)
-    q_side, k_side = sides(index, q_BKGTH.shape[3], k_BKSH.shape[2], spec)
-    dq, dk, dv = backward(spec, q_BKGTH, k_BKSH, v_BKSP, q_side, k_side, lse_BKGT, do_BKGTP.astype(q_BKGTH.dtype), delta_BKGT)
+    dq, dk, dv = _gradients(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index, lse_BKGT, do_BKGTP.astype(q_BKGTH.dtype), delta_BKGT)
     return dq.astype(q_BKGTH.dtype), dk.swapaxes(2, 3).astype(k_BKSH.dtype), dv.swapaxes(2, 3).astype(v_BKSP.dtype), None
+
+
+def _gradients(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index, lse_BKGT, do_BKGTP, delta_BKGT):
+    """(dq, dk transposed, dv transposed) in the accumulator's dtype."""
+    backward = _backward_scanned if plan is None else functools.partial(_backward_unrolled, plan)
+    return backward(spec, q_BKGTH, k_BKSH, v_BKSP, *sides(index, q_BKGTH.shape[3], k_BKSH.shape[2], spec), lse_BKGT, do_BKGTP, delta_BKGT)
 
 
 _core.defvjp(_core_fwd, _core_bwd)

@@ -68,7 +68,7 @@ def _laid_out(q_BTNH, k_BTNH, v_BTNP, log_decay, initial, kind_BT, chunk_size, s
     G = tpu_plan.heads_together(N, H, P)
     arrays = [x.reshape(B, T, N // G, -1).swapaxes(1, 2).reshape(B * N // G, T, -1) for x in (q_BTNH, k_BTNH, v_BTNP)]
     rows, groups = B * N // G, N // G
-    C, K, U = tpu_plan.sizes(T, rows, groups, G * H, G * P, q_BTNH.dtype.itemsize, chunk_size)
+    C, K, U = tpu_plan.sizes(T, rows, groups, G * H, G * P, q_BTNH.dtype.itemsize, chunk_size, G)
     by_token = log_decay.ndim == 3 or kind_BT is not None
     plan = tpu_plan.Plan(rows, T, G, groups, H, P, C, K, U, scale, by_token)
     state = None if initial is None else _join(initial.reshape(-1, G, H, P))

@@ -14,14 +14,13 @@ from pallas_kernels.retention import tpu_plan
 
 
 class Factors(NamedTuple):
-    pair: list  # per head (C, C): scale * decay from key s to query t, 0 where t does not see s
+    pair: list  # per head (C, C): scale * decay from key s to query t, 0 where t does not see s; [t, s], or [s, t] with `keys_first`
     read_key: jax.Array  # scale * decay from the state before the chunk to query t, over the lanes of the keys
     read_value: jax.Array  # the same over the lanes of the values
     write_key: jax.Array  # decay from key s to the state after the chunk
     write_value: jax.Array
     keep: jax.Array  # (1, 1) or (1, value lanes): decay from the state before to the state after
-    read_turned: jax.Array | None = None  # (1 or key lanes, C): read_key with time along lanes, where that is cheaper
-    write_turned: jax.Array | None = None
+    write_turned: jax.Array | None = None  # (1 or key lanes, C): write_key with time along lanes, where that is cheaper
 
 
 def iota(shape, axis):
@@ -79,9 +78,14 @@ def own_state(x, plan):
     return jnp.where(iota(x.shape, 0) // plan.H == iota(x.shape, 1) // plan.P, x, 0.0)
 
 
+def whole(valid, C):
+    """Whether all C tokens are known to exist."""
+    return isinstance(valid, int) and valid == C
+
+
 def only_valid(x, valid):
     """x with zeros in the rows past the end, which may hold anything. valid: a number, or traced."""
-    if isinstance(valid, int) and valid == x.shape[0]:
+    if whole(valid, x.shape[0]):
         return x
     return jnp.where(iota(x.shape, 0) < valid, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
@@ -108,16 +112,27 @@ def first(c, plan):
     return (lambda f: f()) if plan.blocks == 1 else pl.when(c == 0)
 
 
-def fill(refs, decay_ref, plan):
+def last(c, plan):
+    """The same for the last step."""
+    return (lambda f: f()) if plan.blocks == 1 else pl.when(c == plan.blocks - 1)
+
+
+def fill(refs, decay_ref, plan, keys_first=False):
     """Writes the tables of this head."""
     pair_ref, key_ref, value_ref = refs
     g = [decay_ref[j, 0:1, 0:1] for j in range(plan.together)]
-    distance = iota((plan.C, plan.C), 0) - iota((plan.C, plan.C), 1)
+    distance = distances(plan.C, keys_first)
     for j in range(plan.together):
         pair_ref[j] = jnp.where(distance >= 0, jnp.exp2(g[j] * distance.astype(jnp.float32) + plan.log2_scale), 0.0)
     for ref in (key_ref, value_ref):
         ref[0] = _read(g, ref.shape[2], plan)
         ref[1] = _write(g, ref.shape[2], plan, plan.C)
+
+
+def distances(C, keys_first):
+    """(C, C): t - s."""
+    distance = iota((C, C), 0) - iota((C, C), 1)
+    return -distance if keys_first else distance
 
 
 def _read(g, lanes, plan):
@@ -131,15 +146,15 @@ def _write(g, lanes, plan, valid):
     return jnp.where(time < valid, jnp.exp2(by_lane(g, lanes) * left), 0.0)
 
 
-def factors(decay_ref, refs, i, valid, plan):
-    """Of chunk i of the block, of which `valid` tokens exist."""
-    return _by_token(decay_ref, i, plan) if plan.by_token else _constant(decay_ref, refs, valid, plan)
+def factors(decay_ref, refs, i, valid, plan, dtype, keys_first=False):
+    """Of chunk i of the block, of which `valid` tokens exist. Tables of pairs lie as `fill` was told."""
+    return _by_token(decay_ref, i, plan, dtype, keys_first) if plan.by_token else _constant(decay_ref, refs, valid, plan)
 
 
 def _constant(decay_ref, refs, valid, plan):
     pair_ref, key_ref, value_ref = refs
     g = [decay_ref[j, 0:1, 0:1] for j in range(plan.together)]
-    if isinstance(valid, int) and valid == plan.C:
+    if whole(valid, plan.C):
         write_key, write_value = key_ref[1], value_ref[1]
     else:
         write_key, write_value = (_write(g, ref.shape[2], plan, valid) for ref in (key_ref, value_ref))
@@ -147,22 +162,34 @@ def _constant(decay_ref, refs, valid, plan):
     return Factors([pair_ref[j] for j in range(plan.together)], key_ref[0], value_ref[0], write_key, write_value, keep)
 
 
-def _by_token(decay_ref, i, plan):
+def _by_token(decay_ref, i, plan, dtype, keys_first):
     C = plan.C
     rows = [decay_ref[j, :, chunk_tokens(i, plan)] for j in range(plan.together)]
-    causal = iota((C, C), 0) >= iota((C, C), 1)
-    pair = []
+    causal = distances(C, keys_first) >= 0
+    pair, read, write = [], [], []
     for row in rows:
-        coarse, fine, fine_read = (row[r:r + 1] for r in (tpu_plan.COARSE, tpu_plan.FINE, tpu_plan.FINE_READ))
-        exponent = (wide(_column(coarse), C) - coarse) + (wide(_column(fine_read), C) - fine)
+        coarse, fine, fine_read, to_write, total, fine_total = (row[r:r + 1] for r in range(6))
+        if dtype != jnp.float32:  # one part is precise enough
+            coarse, fine, fine_read = jnp.zeros_like(coarse), coarse + fine, coarse + fine_read
+        # Columns are dear: one for each part, of keys or of queries, and what is needed besides follows from them.
+        column = _column(coarse) if dtype == jnp.float32 else 0.0
+        fine_column = _column(fine if keys_first else fine_read)
+        along, across = [column, fine_column], [coarse, fine_read if keys_first else fine]
+        exponent = sum(y - wide(x, C) if keys_first else wide(x, C) - y for x, y in zip(along, across) if not isinstance(x, float))
         pair.append(jnp.where(causal, jnp.exp2(exponent), 0.0))
-    read, write = ([jnp.exp2(row[r:r + 1]) for row in rows] for r in (tpu_plan.READ, tpu_plan.WRITE))
-    columns = [by_lane([_column(x) for x in factor], lanes) for factor in (read, write) for lanes in (plan.key_lanes, plan.value_lanes)]
-    keep = jnp.exp2(by_lane([row[tpu_plan.TOTAL:tpu_plan.TOTAL + 1, 0:1] for row in rows], plan.value_lanes))
-    turned = [None, None]
+        if keys_first:  # the columns are sums of decays, at most 0, or infinite where a key is padding
+            read.append(jnp.exp2(plan.log2_scale - jnp.abs(column + fine_column)))
+            write.append(jnp.exp2((total[:, :1] - column) + (fine_total[:, :1] - fine_column)))
+        else:
+            read.append(jnp.exp2(column + fine_column))
+            write.append(_column(jnp.exp2(to_write)))
+    columns = [by_lane(factor, lanes) for factor in (read, write) for lanes in (plan.key_lanes, plan.value_lanes)]
+    totals = [row[tpu_plan.TOTAL:tpu_plan.TOTAL + 1, :1] + row[tpu_plan.FINE_TOTAL:tpu_plan.FINE_TOTAL + 1, :1] for row in rows]
+    keep = jnp.exp2(by_lane(totals, plan.value_lanes))
+    write_turned = None
     if C % 128 == 0 and plan.key_lanes % 128 == 0:
-        turned = [_by_row(x, plan) for x in (read, write)]
-    return Factors(pair, *columns, keep, *turned)
+        write_turned = _by_row([jnp.exp2(row[tpu_plan.WRITE:tpu_plan.WRITE + 1]) for row in rows], plan)
+    return Factors(pair, *columns, keep, write_turned)
 
 
 def chunk_tokens(i, plan):
@@ -186,19 +213,3 @@ def _by_row(per_head, plan):
     for j, x in enumerate(per_head[1:], 1):
         out = jnp.where(head == j, x, out)
     return out
-
-
-def sums_over_lanes(*arrays):
-    """Sum over the lanes of arrays (C, any), as a row (1, C)."""
-    C = arrays[0].shape[0]
-    if C % 128:
-        column = sum(jnp.sum(x, axis=1, keepdims=True) for x in arrays)
-        return jnp.sum(jnp.where(iota((C, C), 0) == iota((C, C), 1), column, 0.0), axis=0, keepdims=True)
-    folded = sum(x[:, n:n + 128] for x in arrays if x.shape[1] % 128 == 0 for n in range(0, x.shape[1], 128))
-    narrow = sum(jnp.sum(x, axis=1, keepdims=True) for x in arrays if x.shape[1] % 128)
-    turned = jnp.broadcast_to(folded + narrow * _one_lane(C), (C, 128)).T
-    return jnp.sum(turned, axis=0, keepdims=True)
-
-
-def _one_lane(C):
-    return (iota((C, 128), 1) == 0).astype(jnp.float32)

@@ -115,7 +115,7 @@ def each_chunk(block, plan, chunk, reverse=False):
 
 def _chunk(decay_ref, q_ref, k_ref, v_ref, out_ref, state_ref, table_refs, plan, i, valid):
     rows = chunk_tokens(i, plan)
-    f = factors(decay_ref, table_refs, i, valid, plan)
+    f = factors(decay_ref, table_refs, i, valid, plan, k_ref.dtype)
     q, k = q_ref[rows], only_valid(k_ref[rows], valid)
     weights = [(dot(q, only_head(k, j, plan), (1, 1)) * f.pair[j]).astype(q.dtype) for j in range(plan.together)]
     tile = TILE if plan.together == 1 else plan.value_lanes

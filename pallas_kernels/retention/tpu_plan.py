@@ -16,7 +16,7 @@ CHUNK = 128  # the least matrix work at head dim 128, and the fewest decay facto
 BLOCK = 1024  # tokens of a grid step, where they fit
 _KEY_DIM, _VALUE_DIM = 256, 512  # largest sizes of one state on chip; larger ones are cut into several calls
 # Rows of the decay array, in powers of two. From key s to query t: (COARSE_t - COARSE_s) + (FINE_READ_t - FINE_s).
-COARSE, FINE, FINE_READ, READ, WRITE, TOTAL, ROWS = 0, 1, 2, 3, 4, 5, 8
+COARSE, FINE, FINE_READ, WRITE, TOTAL, FINE_TOTAL, ROWS = 0, 1, 2, 3, 4, 5, 8
 PADDING, REAL, STARTS = 0, 1, 2  # kinds of tokens: padding neither decays nor writes; one that starts a segment forgets what was before
 
 
@@ -65,18 +65,19 @@ def chunk_tokens(T, chunk_size):
     return C if T > 64 else max(16, 1 << (T - 1).bit_length())
 
 
-def sizes(T, rows, groups, key_lanes, value_lanes, itemsize, chunk_size):
+def sizes(T, rows, groups, key_lanes, value_lanes, itemsize, chunk_size, together=1):
     """(C, K, U) of a Plan, so that the backward kernel fits: seven blocks of tokens and four states, twice, and what is kept by chunk.
 
     A float32 block is smaller: its matrix work is six times as much, and the code of unrolled chunks takes long to compile.
     """
-    C = chunk_tokens(T, chunk_size)
+    C = chunk_tokens(T, chunk_size if together <= 2 else min(chunk_size or CHUNK, 256))  # each head has tables of C x C
     state, room = 4 * key_lanes * value_lanes, 0.7 * tpu.chip().vmem
     largest = BLOCK if itemsize == 2 else BLOCK // 4 if key_lanes + value_lanes <= 256 else BLOCK // 8
 
     def fits(K, U):
         tokens = itemsize * K * C * (4 * key_lanes + 3 * value_lanes)
-        return U * (8 * state + K * state * itemsize // 4 + 2 * tokens) <= room
+        tables = 4 * C * (2 * together * C + 2 * key_lanes + 4 * 128)
+        return U * (8 * state + K * state * itemsize // 4 + 2 * tokens + tables) <= room
 
     K = min(max([k for k in (8, 4, 2, 1) if k * C <= largest and fits(k, 1)], default=1), -(-T // C))
     if K * C < T:
@@ -119,22 +120,24 @@ def decay_rows(log_decay, kind_BT, plan):
         COARSE: coarse,
         FINE: jnp.where(real, fine, jnp.inf),
         FINE_READ: jnp.where(real, fine + plan.log2_scale, -jnp.inf),
-        READ: jnp.where(real, read + plan.log2_scale, -jnp.inf),
         WRITE: jnp.where(real, (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine), -jnp.inf),
-        TOTAL: jnp.broadcast_to(read[..., -1:], read.shape),
+        TOTAL: jnp.broadcast_to(coarse[..., -1:], read.shape),
+        FINE_TOTAL: jnp.broadcast_to(fine[..., -1:], read.shape),
     }
     rows = [rows.get(r, jnp.zeros_like(read)).reshape(B * N, tokens) for r in range(ROWS)]
     return jnp.stack(rows, axis=1).reshape(plan.rows, plan.together, ROWS, tokens)
 
 
 def decay_gradient(rows, log_decay, kind_BT, plan):
-    """d log_decay, in its shape, from the three rows [..., >= 3, tokens] that the backward kernel writes per token.
+    """d log_decay, in its shape, from what the backward kernel writes: one number for a head, or three rows [..., >= 3, tokens].
 
     dg_t sums w(u, s) over all u >= t > s: e_u = (pairs that u reads) - (pairs that u wrote) + (u reads the state before the chunk),
     f_s = (s reaches the state after the chunk), z = (the state before reaches the state after), each inside its own chunk.
     """
     N, T, C = log_decay.shape[-1], plan.time, plan.C
     B = plan.rows // plan.groups
+    if not plan.by_token:
+        return rows[..., 0, 0].reshape(B, N).sum(0)
     pad = -T % C
     rows = rows.reshape(-1, *rows.shape[-2:])
     e, f, z = (jnp.pad(rows[:, i, :T], ((0, 0), (0, pad))).reshape(B, N, -1, C) for i in range(3))

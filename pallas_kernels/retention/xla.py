@@ -1,11 +1,14 @@
 """Retention chunk by chunk in plain jnp: matmuls inside chunks, all chunks at once, and a short scan over chunk states. The CPU path.
 
+Long rows go block by block, since the chunks of a whole row would leave the cache; the backward pass computes each block again.
+
 B batch (b: B or 1), T time, N heads, H head dim, P value dim, n chunks, C tokens of a chunk, s and t tokens of one chunk.
 RetNet (arXiv:2307.08621) eq. 7, with any decay and with packed segments:
   out_t = sum_{s <= t} w(t,s) (q_t k_s) v_s + exp(sum_{u <= t} g_u) q_t S,     w(t,s) = exp(sum_{s < u <= t} g_u)
 Every exponent is a sum of log decays g <= 0 of the tokens between, added up as such and never a difference of two cumulative
 sums: nothing overflows, and a strong decay beside a weak one costs no digits.
 """
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,9 +16,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import accumulator
 from pallas_kernels.products import product
-from pallas_kernels.retention.summary import Summary, runs
+from pallas_kernels.retention.summary import Summary, combine, runs
 
 CHUNK = 64  # measured on a two-core CPU, H = P = 64
+WHOLE = 4096  # up to here all chunks at once: backward, doing the blocks again would cost more than the cache gives
+BLOCK = 1024
 
 
 class _Decay(NamedTuple):
@@ -28,6 +33,47 @@ class _Decay(NamedTuple):
 
 def retain(q_BTNH, k_BTNH, v_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale):
     """(out [B,T,N,P], final state [B,N,H,P], Summary)."""
+    T = q_BTNH.shape[1]
+    if T <= WHOLE or (chunk_size or CHUNK) > BLOCK:
+        return _retain_whole(q_BTNH, k_BTNH, v_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale)
+    B, N, H, P = *q_BTNH.shape[::2], q_BTNH.shape[3], v_BTNP.shape[3]
+    dtype, end = accumulator(q_BTNH.dtype), T // BLOCK * BLOCK
+    by_token = {"q": q_BTNH, "k": k_BTNH, "v": v_BTNP}
+    by_token |= {"segments": segment_ids} if segment_ids is not None else {}
+    by_token |= {"decay": log_decay} if log_decay.ndim == 3 else {}
+    blocks_n = {name: x[:, :end].reshape(B, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1) for name, x in by_token.items()}
+    step = functools.partial(_block, log_decay, initial_state, chunk_size, scale)
+    summary = Summary(jnp.zeros((B, N, H, P), dtype), jnp.zeros((B, N), dtype), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))
+    summary, out_nBCNP = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), summary, blocks_n)
+    out_BTNP = out_nBCNP.swapaxes(0, 1).reshape(B, end, N, P)
+    if end < T:
+        summary, rest_BTNP = step(summary, {name: x[:, end:] for name, x in by_token.items()})
+        out_BTNP = jnp.concatenate([out_BTNP, rest_BTNP], axis=1)
+    return out_BTNP, _after(initial_state, summary), summary
+
+
+def _block(log_decay_N, initial_state, chunk_size, scale, before, block):
+    """(Summary of everything up to the end of a block, the block's output) from the Summary of everything before it."""
+    segments, state_BNHP = block.get("segments"), _after(initial_state, before)
+    if segments is not None:
+        _, first_B, _ = runs(segments)
+        goes_on_B = (before.last_segment_B == 0) | (before.last_segment_B == first_B)
+        state_BNHP = jnp.where(goes_on_B[:, None, None, None], state_BNHP, 0.0)
+    log_decay = block.get("decay", log_decay_N)
+    out_BCNP, _, alone = _retain_whole(block["q"], block["k"], block["v"], log_decay, state_BNHP, segments, chunk_size, scale)
+    return combine(before, alone), out_BCNP
+
+
+def _after(initial_state, summary):
+    """The state after a stretch that begins with `initial_state` (None: zeros)."""
+    if initial_state is None:
+        return summary.state_BNHP
+    nothing_BN, first_B = jnp.zeros_like(summary.log_decay_BN), summary.first_segment_B
+    return combine(Summary(initial_state.astype(summary.state_BNHP.dtype), nothing_BN, first_B, first_B), summary).state_BNHP
+
+
+def _retain_whole(q_BTNH, k_BTNH, v_BTNP, log_decay, initial_state, segment_ids, chunk_size, scale):
+    """`retain` with all chunks at once."""
     B, T, N, _ = q_BTNH.shape
     dtype = accumulator(q_BTNH.dtype)
     C = min(chunk_size or CHUNK, T)

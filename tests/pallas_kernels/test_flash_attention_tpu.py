@@ -58,7 +58,7 @@ def check_ranges(T, S, spec, block_q, block_kv, index=NO_INDEX, B=1):
     most = ranges.grid_steps(plan, tables)
     for needed, number, block, steps, rows in ((some, ranges.kv_steps, ranges.kv_block, int(most[0]), i),
                                                (some.swapaxes(1, 2), ranges.q_steps, ranges.q_block, int(most[1]), j.swapaxes(1, 2))):
-        count = np.asarray(number(plan, tables, b, rows))
+        count = np.broadcast_to(number(plan, tables, b, rows), np.broadcast_shapes(b.shape, rows.shape))
         blocks = np.asarray(block(plan, tables, b, rows, np.arange(steps + 2)))
         assert count.max() <= steps and (0 <= blocks).all() and (blocks < needed.shape[2]).all()
         visits = np.zeros((B, *needed.shape[1:]), int)
@@ -144,9 +144,11 @@ def naive(q, k, v, sinks, mask):
 # name: (B, T, S, N, K, H, P, dtype, blocks, options). A name that starts with "more" runs with the slow tests.
 SMALL = (256, 256, 128, 128, 128, 128)  # two chunks in a block
 CORNER = (256, 512, 256, 128, 128, 128)  # four parts of a chunk, two sub-chunks
+WIDE = (512, 1024, 512, 256, 512, 256)  # sub-chunks of more keys than a register has lanes
 CASES = {
     "one": (1, 1, 1, 1, 1, 16, 16, F32, None, {}),
     "diagonal": (1, 600, 600, 2, 2, 80, 64, F32, CORNER, {"sinks": True}),
+    "diagonal_wide": (1, 1100, 1100, 1, 1, 16, 16, F32, WIDE, {}),
     "grouped_bfloat16": (1, 500, 500, 4, 2, 64, 64, BF16, SMALL, {}),
     "both_ways_longer_keys": (1, 129, 300, 2, 1, 24, 136, F32, SMALL, {"is_causal": False, "logits_soft_cap": 2.0}),
     "window_global": (1, 700, 500, 2, 2, 16, 16, F32, SMALL, {"local_window_size": 60, "global_tokens": 5, "sinks": True}),

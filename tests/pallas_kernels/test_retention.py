@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import retention
-from pallas_kernels.retention import Summary, combine
+from pallas_kernels.retention import Summary, combine, xla
 from tests.numerics import assert_close, assert_trees_close
 
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 0, 0, 1, 2, 2, 2, 2, 1], [1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 0, 0]])
@@ -78,6 +78,31 @@ def test_reference_equals_oracle(per_token, segments, x64):
     pytest.param(13, 3, False, True, marks=pytest.mark.slow),
 ])
 def test_chunkwise_equals_recurrent(T, chunk, per_token, packed, x64):
+    check_against_recurrence(T, chunk, per_token, packed)
+
+
+@pytest.mark.parametrize("chunk, per_token, packed", [
+    (3, True, True), pytest.param(2, False, False, marks=pytest.mark.slow), pytest.param(4, False, True, marks=pytest.mark.slow),
+    pytest.param(4, True, False, marks=pytest.mark.slow),
+])
+def test_long_rows_go_block_by_block(chunk, per_token, packed, x64, monkeypatch):
+    """Three blocks of 4 tokens and one token more: padding first, segments that border inside blocks and between them."""
+    monkeypatch.setattr(xla, "WHOLE", 8)
+    monkeypatch.setattr(xla, "BLOCK", 4)
+    check_against_recurrence(13, chunk, per_token, packed)
+
+
+def test_memory_of_long_rows_is_that_of_a_block():
+    """Temporaries grow with the length by no more than copies of operands and gradients: 6 arrays."""
+    def temporaries(T):
+        arrays = [jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)] * 3
+        grad = jax.grad(lambda q, k, v: retention(q, k, v, jnp.array([-0.1, -0.2]), implementation="xla").sum(), (0, 1, 2))
+        return jax.jit(grad).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert xla.WHOLE < 8192 and temporaries(16384) - temporaries(8192) < 6 * 8192 * 2 * 16 * 4
+
+
+def check_against_recurrence(T, chunk, per_token, packed):
     ids = jnp.asarray(SEGMENTS) if packed else None
     double = inputs(2, T, 2, 8, 6, per_token, np.float64)
     single = tuple(x.astype(np.float32) for x in double)

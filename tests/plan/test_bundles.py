@@ -1,11 +1,15 @@
 """The reader of bundles and the simulator, on programs small enough to be counted by hand."""
+import dataclasses
+
 import pytest
 
-from effmodels.plan import bundles, simulate
+from effmodels.plan import bundles, cores, simulate, usage
 from effmodels.plan.bundles import NotUnderstood
 
 HEAD = "= control target key start\nLB: loop body\n= control target key end\n\n"
-CORE = simulate.Core(delay_slots=1, granule=512, bytes_per_cycle=512.0, latency=100, megahertz=1000.0, cores=1, calibrated=True)
+CORE = cores.Core(
+    delay_slots=1, granule=512, bytes_per_cycle=512.0, latency=100, megahertz=1000.0, cores=1, calibrated=True, matrix_units=2
+)
 
 
 def program(*lines):
@@ -42,7 +46,7 @@ def test_loop_with_a_delay_slot():
 
 def test_more_delay_slots():
     lines = (*LOOP[:4], "%8 = vnop", "%8 = vnop", "%8 = vnop", "%8 = vnop", "")
-    assert run(*lines, core=simulate.CORES["v5p"]).executed == [1, 5, 5, 5, 5, 5, 5, 5, 1]
+    assert run(*lines, core=cores.CORES["v5p"]).executed == [1, 5, 5, 5, 5, 5, 5, 5, 1]
 
 
 def test_definitions_in_a_bundle_are_seen_in_it_and_phis_are_not():
@@ -157,6 +161,34 @@ def test_a_wait_without_a_copy_is_counted():
     assert run("%6 = dma.done.wait [#allocation2], 50").unmatched_waits == 1
 
 
+def test_a_matrix_unit_takes_in_one_row_a_cycle():
+    """16 rows of bfloat16 keep unit 0 busy until cycle 16, where bundle 3 may feed it 8 of float32: bundle 4 waits until cycle 24."""
+    lines = (
+        "%1 = vmatmul.bf16.gmra.mxu0 %v1_v1",
+        "",
+        "%2 = vmatmul.bf16.gmra.mxu1 %v1_v1",  # another unit, which is free
+        "%3 = vmatmul.hi.f32.gmra.mxu0 %v1_v1",
+        "%4 = vmatmul.msk.bf16.dwg.msra.gmra.mxu0 (!%p0_p1), %v1_v1",
+    )
+    result = run(*lines)
+    assert result.matmul_waits == {3: 13, 4: 7} and result.cycles == 25 and result.issued == 5
+    assert program(*lines).matmuls == {0: ((0, 16),), 2: ((1, 16),), 3: ((0, 8),), 4: ((0, 16),)}
+    not_modelled = run(*lines, core=dataclasses.replace(CORE, matrix_units=0))
+    assert not_modelled.cycles == 5 and not_modelled.matmul_waits == {}
+
+
+def test_two_units_fed_by_one_bundle_wait_for_the_later():
+    pair = "%1 = vmatmul.bf16.gmra.mxu0 %v1_v1  ;;  %2 = vmatmul.bf16.gmra.mxu1 %v1_v1"
+    assert run("%1 = vmatmul.bf16.gmra.mxu0 %v1_v1", "", pair, pair).matmul_waits == {2: 14, 3: 15}
+
+
+def test_waits_for_a_matrix_unit_in_a_loop():
+    """Five trips of four bundles, each of which feeds unit 0 for 8 cycles: four trips wait 4 cycles."""
+    lines = (*LOOP[:4], "%8 = vmatmul.f32.gmra.mxu0 %v1_v1", "")
+    result = run(*lines)
+    assert result.executed == [1, 5, 5, 5, 5, 1] and result.matmul_waits == {4: 16} and result.cycles == 22 + 16
+
+
 TABLE = (
     "%s1_s0 = inlined_call_operand.hbm [shape: s32[4], index: 0, kind: input, shape index: {}] /* operand 0 */",
     "%5 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size_in_granules=*/1, /*smem=*/[#allocation3], /*dst_syncflagno=*/[#allocation2]",
@@ -179,7 +211,7 @@ def test_a_table_in_another_memory_and_in_other_units():
     cmem = [line.replace("hbm", "cmem") for line in TABLE]
     assert run(*cmem, operands={0: [10, 20, 30, 40]}).cycles == 7
     shifted = [TABLE[0], "%s8_s2 = sshll.u32 %s1_s0, 4", TABLE[1].replace("%s1_s0", "%s8_s2"), *TABLE[2:]]
-    v5e = simulate.CORES["v5e"]
+    v5e = cores.CORES["v5e"]
     assert run(*shifted, core=v5e, operands={0: [10, 20, 30, 40]}).undecided == {}
     assert run(*shifted, core=v5e).unfed == ("operand 0 s32[4]",)
 
@@ -272,6 +304,8 @@ def test_an_endless_program_is_an_error():
         (HEAD + "     0   :  { %1 = sbr.rel target = $region9 }\n", "start nowhere"),
         (HEAD + "     0   :  { %1 = sst [vmem:[#allocation1]] 5 }\n", "address"),
         (HEAD + "     0   :  { %s1_s0 = smov 1 /* open }\n", "comment does not end"),
+        (HEAD + "     0   :  { %1 = vmatmul.gmra.mxu0 %v1 }\n", "how many rows"),
+        (HEAD + "     0   :  { %1 = vmatmul.bf16.gmra %v1 }\n", "which unit"),
     ],
 )
 def test_what_is_not_understood_is_said(text, message):
@@ -291,9 +325,9 @@ def test_slots_weighted_by_how_often_bundles_run():
     slots = bundles.slots(SLOTS, 4)
     assert slots.names == ("MXU", "VALU", "VLOAD:FILL") and slots.capacity == (4, 2, 1)
     executed = [1, 5, 5, 1]
-    assert simulate.slots_used(slots, executed) == {"MXU": 5 + 10 + 3, "VALU": 12, "VLOAD:FILL": 0}
-    assert simulate.slot_shares(slots, executed) == {"MXU": 18 / 48, "VALU": 0.5, "VLOAD:FILL": 0.0}
-    assert simulate.hottest(executed) == (1, 3)
-    assert simulate.slot_shares(slots, executed, 1, 3)["MXU"] == 15 / 40
+    assert usage.slots_used(slots, executed) == {"MXU": 5 + 10 + 3, "VALU": 12, "VLOAD:FILL": 0}
+    assert usage.slot_shares(slots, executed) == {"MXU": 18 / 48, "VALU": 0.5, "VLOAD:FILL": 0.0}
+    assert usage.hottest(executed) == (1, 3)
+    assert usage.slot_shares(slots, executed, 1, 3)["MXU"] == 15 / 40
     with pytest.raises(NotUnderstood, match="the program has 5 bundles"):
         bundles.slots(SLOTS, 5)

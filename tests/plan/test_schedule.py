@@ -16,7 +16,8 @@ def test_splash_attention():
     """Its tables are constants and are fed by themselves; 639,787 cycles were measured once, by other means, on libtpu 0.0.52."""
     (kernel,) = schedule.measure(CASES + "splash").kernels
     assert kernel.source == "bundles" and kernel.undecided == {}
-    assert abs(kernel.cycles / 639_787 - 1) < 0.02
+    assert abs((kernel.cycles - kernel.matmul_wait) / 639_787 - 1) < 0.02
+    assert 0.01 < kernel.matmul_wait / kernel.cycles < 0.05 and kernel.mxu < kernel.hot.mxu < 0.65
     assert {loop.trips for loop in kernel.loops} == {(129, 129)}  # 8 heads x 4 x 4 blocks on each core, and the pipeline's two
     assert 0.5 < kernel.hot.slots["MXU"] < 0.65 and kernel.used["VLOAD:FILL"] > 0
     scores = 16 * 4096 * (4096 + 1024) / 2  # blocks on the diagonal are computed whole
@@ -25,10 +26,13 @@ def test_splash_attention():
 
 @pytest.mark.aot
 def test_matmul():
-    """8192^3 at 97.7 % of a v4's peak: one bundle is one cycle."""
+    """8192^3 at 97.5 % of a v4's peak: XLA feeds each matrix unit every 16 bundles, so that hardly one waits."""
     report = schedule.measure(CASES + "matmul")
-    assert abs(report.microseconds / 4092 - 1) < 0.01
-    assert report.ops[-1].slots["MXU"] > 0.97 and report.calibrated
+    (product,) = report.ops
+    assert abs(report.microseconds / 4106 - 1) < 0.005 and report.calibrated
+    needed = 2 * 8192**3 / (8 * 2 * 128 * 128)  # cycles of all units; a few rows at the borders are fed twice
+    assert product.mxu == pytest.approx(needed / product.cycles, rel=3e-3)
+    assert 0.97 < product.mxu < product.hot.mxu <= 1 and product.matmul_wait < 0.005 * product.cycles
 
 
 @pytest.mark.aot
@@ -97,10 +101,14 @@ def test_divided_indices_copy_each_block_once(generation):
 
 @pytest.mark.aot
 def test_times_by_libtpu_itself():
-    """Where libtpu has a simulator of its own: 2048^3 at 95 % of a v5e's peak. Of a kernel with tables it knows nothing."""
+    """Where libtpu has a simulator of its own: 2048^3 at 95 % of a v5e's peak. Of a kernel with tables it knows nothing.
+
+    A quarter of those cycles are waits for matrix units, and this simulator finds them as well.
+    """
     (product,) = schedule.measure(CASES + "matmul", {"size": 2048}, generation="v5e", libtpu_times=True).ops
     ideal = 2 * 2048**3 / 131_072
     assert product.source == "libtpu" and ideal < product.cycles < 1.15 * ideal
+    assert max(product.core_cycles) == pytest.approx(product.cycles, rel=0.02) and product.matmul_wait > 0.2 * product.cycles
     (kernel,) = schedule.measure(CASES + "visits", generation="v5e", libtpu_times=True).kernels
     assert kernel.source == "bundles"
     with pytest.raises(ValueError, match="no simulator of its own for v4"):
@@ -215,6 +223,22 @@ def test_kernels_are_found_again_by_name_and_order():
     assert found(call("one", 1, 2)) == {"one.3": [[1, 2]], "one.12": [[1, 2]]}, "the same tables for all"
     assert found(call("one", 1, 2), call("one", 3, 4), call("one", 5, 6)) == {}, "which is which is not known"
     assert found(one={"0": [7, 8]}) == {"one.3": [[7, 8]], "one.12": [[7, 8]]}
+
+
+COPIED = """ENTRY %main (t: s32[4]) -> f32[8] {
+  %t = s32[4]{0:T(128)S(3)} parameter(0)
+  %copy-start.1 = (s32[4]{0:T(128)}, s32[4]{0:T(128)S(3)}, u32[]{:S(2)}) copy-start(%t)
+  %copy-done.1 = s32[4]{0:T(128)} copy-done(%copy-start.1)
+  ROOT %kernel.1 = f32[8]{0:T(256)} custom-call(%copy-done.1), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_table_that_is_copied_between_memories_stays_known():
+    """The backward pass of lax.ragged_dot reads its tables of tiles from such copies."""
+    module = hlo.parse(COPIED)
+    (run,) = schedule._Known(module, [np.array([5, 6, 7, 8])], {}).runs(module.instructions()["kernel.1"])
+    assert run[0][:4].tolist() == [5, 6, 7, 8]
 
 
 def test_a_kernel_without_bundles_is_an_error(tmp_path):
