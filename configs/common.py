@@ -22,6 +22,16 @@ def base():
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
     # Which mesh axes split a dim: "default" (effmodels.parallel.axes.DEFAULT_RULES), "none", or axes such as "data,fsdp".
     c.rules = ConfigDict({dim: "default" for dim in DIMS})
+    c.parallel = parallel()
+    c.distributed = ConfigDict(
+        {
+            "mode": "auto",  # "on": join the processes of a TPU pod, SLURM or MPI; auto: if the surroundings speak of several; "off"
+            "coordinator": placeholder(str),  # elsewhere: host:port of process 0,
+            "num_processes": placeholder(int),
+            "process_id": placeholder(int),
+            "timeout": 300,  # seconds to wait for the others
+        }
+    )
     c.train = train()
     c.checkpoint = ConfigDict(
         {
@@ -100,6 +110,21 @@ def optim():
             "weight_decay": 0.1,
             "clip": 1.0,  # global gradient norm; 0: off
             "options": ConfigDict({}),  # passed to the optimiser as they are
+        }
+    )
+
+
+def parallel():
+    """How the program is spread over the mesh; nothing here changes what it computes."""
+    return ConfigDict(
+        {
+            "layout": "auto",  # of a row over mesh.seq: contiguous, zigzag, striped; auto: the shortest path for its attention layers
+            "attention": "ring",  # over mesh.seq; or "all_gather" the keys, or "ulysses": exchange heads for tokens
+            "states": "auto",  # recurrent states over mesh.seq pass in a "ring" or in "log" steps
+            "experts": "auto",  # tokens over mesh.expert: "ragged", "padded"; "gather": the weights come to the tokens
+            "recv_bound": placeholder(float),  # padded: rows for one pair of shards, in multiples of the mean; None: the worst case
+            "rounds": 1,  # over mesh.stage: how often a micro-batch goes round the stages (circular schedule)
+            "zero1": False,  # the optimiser's state is split over mesh.data too
         }
     )
 

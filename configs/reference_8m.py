@@ -20,7 +20,7 @@ def get_config(arg=None):
     c.expect.params = 8_390_912.0
     c.data.tokenizer = "bpe:8192"
     if arg == "small":
-        c.steps, c.seq_len = 2, 64
+        c.steps, c.seq_len, c.optim.warmup_steps = 2, 64, 1
     elif arg:
         raise ValueError(f"configs/reference_8m.py: unknown argument {arg!r}; expected nothing or 'small'.")
     return c

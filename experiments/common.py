@@ -19,7 +19,7 @@ def run(main, *required):
     def parse(argv):
         try:
             rest = app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").replace("'", "")
             sys.exit(f"error: command line: {' '.join(text.split())}")
         _check_config_file()

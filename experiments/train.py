@@ -16,10 +16,12 @@ _EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "evaluate the newest checkpoi
 def main(argv):
     del argv
     common.set_up_jax()
+    from effmodels.parallel import distributed
     from effmodels.train.loop import NonFiniteError, train
 
     workdir = common.WORKDIR.value or common.default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     try:
+        distributed.start(common.CONFIG.value.get("distributed"))
         train(common.CONFIG.value, workdir, eval_only=_EVAL_ONLY.value, log=common.say)
     except common.user_errors() as error:
         sys.exit(f"error: {error}")

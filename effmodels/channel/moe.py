@@ -88,19 +88,22 @@ class MoE(ChannelMixer):
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(wide), self.router[...].astype(wide))
         routing = routers.route(logits_BTE, self.bias[...] if c.bias_update_rate else None, valid_BT, c)
         load_BE = routers.loads(routing.ids_BTk, c.num_experts)
-        kept, dropped_BTk = routing, jnp.zeros((), bool)
+        kept, dropped_BTk, limit = routing, jnp.zeros((), bool), None
         if c.capacity_factor is not None and ctx.mode == "train":
-            kept, dropped_BTk = routers.limit_capacity(routing, capacity(c, x_BTD.shape[1]))
+            limit = capacity(c, x_BTD.shape[1])
+            kept, dropped_BTk = routers.limit_capacity(routing, limit, ctx.layout)
         activation, inputs = ACTIVATIONS[c.activation]
         w_in = (self.w_in[...], self.w_up[...]) if inputs == 2 else (self.w_in[...],)
-        y_BTD = expert_ffn(
-            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, implementation=self.env.implementation
+        # Decoding has few rows, which a bound in multiples of their mean would not fit.
+        y_BTD, overflow = expert_ffn(
+            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, capacity=limit, exact=ctx.mode in ("prefill", "step"),
+            return_overflow=True, implementation=self.env.implementation,
         )  # fmt: skip
         if c.shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD, ctx)[0]
-        return y_BTD, self._aux(routing, load_BE, dropped_BTk, valid_BT)
+        return y_BTD, self._aux(routing, load_BE, dropped_BTk, overflow, valid_BT)
 
-    def _aux(self, routing, load_BE, dropped_BTk, valid_BT):
+    def _aux(self, routing, load_BE, dropped_BTk, overflow, valid_BT):
         c, load_E = self.config, jnp.sum(load_BE, axis=0)
         losses = {}
         if c.balance_coef:
@@ -110,6 +113,8 @@ class MoE(ChannelMixer):
         metrics = {
             "moe_max_violation": routers.max_violation(load_E),
             "moe_drop_fraction": jnp.sum(dropped_BTk) / jnp.maximum(jnp.sum(load_E), 1.0),
+            # Choices that found no room in the exchange (parallel.recv_bound): their outputs are NaN, and the step must fail.
+            "moe_overflow": overflow,
         }
         return LayerAux(losses, load_E, jax.lax.stop_gradient(metrics))
 

@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effmodels.parallel import layouts
+from effmodels.parallel.axes import shards
+
 SCORES = {"softmax": functools.partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
 
 
@@ -52,16 +55,18 @@ def _limit_to_groups(choice_BTE, groups, top_groups):
     return jnp.where(jnp.repeat(allowed_BTG, E // groups, axis=-1), choice_BTE, -jnp.inf)
 
 
-def limit_capacity(routing, capacity):
+def limit_capacity(routing, capacity, layout="contiguous"):
     """(routing, dropped_BTk): each expert takes at most `capacity` tokens of a row, earlier tokens first; the rest are not routed.
 
     Per row and by index, so that the result depends neither on the mesh nor on the micro-batch, and no token sees a later one.
     """
     B, T, k = routing.ids_BTk.shape
     E = routing.scores_BTE.shape[-1]
-    taken_BME = jax.nn.one_hot(routing.ids_BTk.reshape(B, T * k), E, dtype=jnp.int32)
+    pieces = shards("seq")
+    ids_BTk = layouts.from_layout(routing.ids_BTk, layout, pieces)
+    taken_BME = jax.nn.one_hot(ids_BTk.reshape(B, T * k), E, dtype=jnp.int32)
     place_BM = jnp.sum((jnp.cumsum(taken_BME, axis=1) - 1) * taken_BME, axis=-1)
-    dropped_BTk = (place_BM >= capacity).reshape(B, T, k) & (routing.ids_BTk < E)
+    dropped_BTk = layouts.to_layout((place_BM >= capacity).reshape(B, T, k) & (ids_BTk < E), layout, pieces)
     ids, weights = jnp.where(dropped_BTk, E, routing.ids_BTk), jnp.where(dropped_BTk, 0.0, routing.weights_BTk)
     return dataclasses.replace(routing, ids_BTk=ids, weights_BTk=weights), dropped_BTk
 

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effmodels.parallel import layouts
+from effmodels.parallel.axes import shards
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ctx:
     """Context of a call; frozen pytree, the last two fields static.
 
-    positions_BT: for rotary only, may repeat. index_BT: strict order in the row; causality and windows use only this; None = 0, 1, 2, ...
+    positions_BT: for rotary only, may repeat. index_BT: strict order in the row; causality and windows use only this; None = that of
+    the layout (contiguous: 0, 1, 2, ...).
     segment_ids_BT: 0 = padding, documents from 1; None = one document without padding. layer: absolute, int32, traced in scans.
     key: None = deterministic; else already folded with step and micro-batch. memory: {name: Memory} for cross-attention.
     """
@@ -44,7 +48,8 @@ class Ctx:
             return self.positions_BT
         if self.index_BT is not None:
             return self.index_BT
-        return jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+        pieces = shards("seq") if self.layout != "contiguous" else 1
+        return jnp.broadcast_to(layouts.order(self.layout, time, pieces), (batch, time))
 
 
 @jax.tree_util.register_dataclass
@@ -57,9 +62,12 @@ class Memory:
     index_BS: Any = None
 
 
-def dropout(x, rate, key):
-    """x with a share `rate` of its entries zeroed and the rest scaled up; x itself without a key or at rate 0."""
+def dropout(x_BTD, rate, key, layout="contiguous"):
+    """x with a share `rate` of its entries zeroed and the rest scaled up; x itself without a key or at rate 0.
+
+    The mask is drawn in the order of the row, so that a token keeps it under every layout.
+    """
     if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+        return x_BTD
+    keep = layouts.to_layout(jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape), layout, shards("seq"))
+    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)

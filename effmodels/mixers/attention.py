@@ -34,6 +34,8 @@ class KVCache:
 class Attention(TokenMixer):
     """y = softmax(q k^T / sqrt(H)) v W_o (arXiv:1706.03762), GQA (arXiv:2305.13245), RoPE (arXiv:2104.09864)."""
 
+    layouts = ("contiguous", "zigzag", "striped")
+
     @dataclasses.dataclass(frozen=True)
     class Config:
         num_heads: int = 8

@@ -56,6 +56,7 @@ class TokenMixer(nnx.Module):
     """
 
     Config: Any = None
+    layouts = ("contiguous",)  # orders of a split sequence (`parallel.layouts`) under which the mixer is right
 
     @classmethod
     def check(cls, config, env):

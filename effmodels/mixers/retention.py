@@ -35,6 +35,8 @@ class RetentionState:
 class Retention(TokenMixer):
     """y = (swish(x W_g) * headnorm(retention(q, k, v))) W_o, equation 8 of the paper."""
 
+    layouts = ("contiguous", "zigzag")  # states pass through the two stretches of a zigzag shard, not through a stripe's single tokens
+
     @dataclasses.dataclass(frozen=True)
     class Config:
         num_heads: int = 4

@@ -3,6 +3,7 @@
 Letters: B batch, T time, D model, R repeats of a period.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from effmodels.layers.context import dropout
 from effmodels.layers.norms import NORMS
-from effmodels.parallel import stack
+from effmodels.parallel import pipeline, stack
 
 DROPOUT_MIXER, DROPOUT_CHANNEL = 0, 1  # sites of Ctx.key_for
 
@@ -61,7 +62,7 @@ class Block(nnx.Module):
         """The residual wiring around `mix(h) -> (y, state)` and the channel mixer; (y_BTD, aux, state)."""
         pre, out = self.norm_position != "post", self.norm_position == "sandwich"
         h_BTD, state = mix(self.norm_mixer(x_BTD) if pre else x_BTD)
-        h_BTD = dropout(self.norm_mixer_out(h_BTD) if out else h_BTD, self.rate, ctx.key_for(DROPOUT_MIXER))
+        h_BTD = dropout(self.norm_mixer_out(h_BTD) if out else h_BTD, self.rate, ctx.key_for(DROPOUT_MIXER), ctx.layout)
         if self.residual == "parallel":
             g_BTD, aux = self._channel(x_BTD, ctx, pre, out)
             return (x_BTD + h_BTD + g_BTD if pre else self.norm_mixer(x_BTD + h_BTD + g_BTD)), aux, state
@@ -71,7 +72,7 @@ class Block(nnx.Module):
 
     def _channel(self, x_BTD, ctx, pre, out):
         g_BTD, aux = self.channel(self.norm_channel(x_BTD) if pre else x_BTD, ctx)
-        return dropout(self.norm_channel_out(g_BTD) if out else g_BTD, self.rate, ctx.key_for(DROPOUT_CHANNEL)), aux
+        return dropout(self.norm_channel_out(g_BTD) if out else g_BTD, self.rate, ctx.key_for(DROPOUT_CHANNEL), ctx.layout), aux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,19 +126,27 @@ class Segment(nnx.Module):
 
     def __call__(self, x_BTD, ctx):
         """(y_BTD, tuple over the period of LayerAux or None; with repeats > 1 their leaves have a leading dim R)."""
-
-        def body(blocks, x, first_layer):
-            auxes = []
-            for p, block in enumerate(blocks.blocks):
-                x, aux = block(x, ctx.at_layer(first_layer + p))
-                auxes.append(aux)
-            return x, tuple(auxes)
-
         if self.repeats == 1:
             graphdef, state = nnx.split(Period(self.blocks))
-            run = stack.checkpointed(lambda s, x: body(nnx.merge(graphdef, s), x, self.start), self.remat)
+            run = stack.checkpointed(lambda s, x: _period(ctx, nnx.merge(graphdef, s), x, self.start), self.remat)
             return run(state, x_BTD)
-        return stack.scan(body, Period(self.blocks), x_BTD, self._first_layers(), remat=self.remat)
+        return stack.scan(functools.partial(_period, ctx), Period(self.blocks), x_BTD, self._first_layers(), remat=self.remat)
+
+    def pipelined(self, x_KsBTD, plan, ctx_of):
+        """`__call__` on all micro-batches of a `pipeline.Schedule` at once: (y_KsBTD, the same aux, summed over micro-batches).
+
+        ctx_of(micro-batch) -> its Ctx. Each stage holds and runs its own repeats.
+        """
+        graphdef, state = nnx.split(Period(self.blocks))
+        variables, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        placed = [pipeline.by_stage(v[...], v.get_metadata()["info"].dim_names, plan.stages, plan.rounds) for v in variables]
+
+        def part(arrays, x_BTD, first, micro):
+            blocks = nnx.merge(graphdef, tree.unflatten([v.replace(a) for v, a in zip(variables, arrays)]))
+            layers = self._first_layers(first + jnp.arange(arrays[0].shape[0], dtype=jnp.int32))
+            return stack.scan(functools.partial(_period, ctx_of(micro)), blocks, x_BTD, layers)
+
+        return pipeline.run(part, placed, x_KsBTD, plan, remat=self.remat)
 
     def init_state(self, batch, max_len, dtype):
         """One mixer state per place in the period; with repeats > 1 stacked [R, ...]."""
@@ -161,8 +170,17 @@ class Segment(nnx.Module):
             return body(Period(self.blocks), x, (self.start, states))
         return stack.scan(body, Period(self.blocks), x, (self._first_layers(), states))
 
-    def _first_layers(self):
-        return self.start + self.period * jnp.arange(self.repeats, dtype=jnp.int32)
+    def _first_layers(self, repeats=None):
+        return self.start + self.period * (jnp.arange(self.repeats, dtype=jnp.int32) if repeats is None else repeats)
+
+
+def _period(ctx, blocks, x_BTD, first_layer):
+    """One period of layers; (y_BTD, tuple of LayerAux or None)."""
+    auxes = []
+    for p, block in enumerate(blocks.blocks):
+        x_BTD, aux = block(x_BTD, ctx.at_layer(first_layer + p))
+        auxes.append(aux)
+    return x_BTD, tuple(auxes)
 
 
 class Period(nnx.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from effmodels.channel.routers import updated_bias
@@ -14,12 +15,14 @@ from effmodels.layers import head
 from effmodels.layers.context import Ctx, dropout
 from effmodels.layers.norms import NORMS
 from effmodels.layers.param import param
+from effmodels.models import staged
 from effmodels.models.blocks import Segment, segments
 from effmodels.models.resolve import resolve
-from effmodels.parallel import ops
+from effmodels.parallel import layouts, ops, options
 from effmodels.parallel.axes import shard, shards
 
 DROPOUT_EMBED = 2  # site of Ctx.key_for
+EVAL_MICRO_BATCHES_PER_STAGE = 4  # of an evaluation's rows, at most: few ticks without work, matmuls still large
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +85,21 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BT, segment_ids=None, positions=None):
         """float32 logits [B, T, V]."""
+        layout, pieces = _layout(), shards("seq")
+        tokens_BT, segment_ids, positions = (
+            None if a is None else layouts.to_layout(a, layout, pieces) for a in (tokens_BT, segment_ids, positions)
+        )
         hidden_BTD, _ = self.hidden(tokens_BT, segment_ids_BT=segment_ids, positions_BT=positions, mode="eval")
-        return self.logits(hidden_BTD)
+        return layouts.from_layout(self.logits(hidden_BTD), layout, pieces)
 
     def hidden(self, tokens_BT, **ctx_fields):
-        """(hidden_BTD after the final norm, Aux); ctx_fields are those of `Ctx`."""
+        """(hidden_BTD after the final norm, Aux); ctx_fields are those of `Ctx`.
+
+        Everything [B, T] is in the layout in force (`parallel.options`), in which the data path puts it; so is the result.
+        """
+        ctx_fields = {"layout": _layout()} | ctx_fields
+        if staged.stages() > 1:
+            return self._staged_hidden(tokens_BT, ctx_fields)
         ctx = Ctx(**ctx_fields)
         x_BTD = self._embed(tokens_BT, ctx)
         auxes = []
@@ -106,14 +119,23 @@ class Decoder(nnx.Module):
         """The one loss of train, plan, verify and compare: `LossOut` of a batch {tokens, targets, weights, segment_ids, positions} [B, T].
 
         weights, segment_ids and positions may be absent. Logits are never built. key: None for no dropout.
+        Over the stages of a pipeline the batch may be micro-batches [M, B, T] with keys [M]: every entry of the result is then their sum.
         """
         batch = {name.removesuffix("_BT"): value for name, value in batch.items()}
-        c, tokens_BT, targets_BT = self.config, batch["tokens"], batch["targets"]
+        if batch.get("weights") is None:
+            batch["weights"] = jnp.ones(batch["tokens"].shape, jnp.float32)
+        if staged.stages() > 1:
+            return self._staged_loss(batch, key, mode)
         hidden_BTD, aux = self.hidden(
-            tokens_BT, segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode
+            batch["tokens"], segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode
         )  # fmt: skip
-        weights_BT = batch.get("weights")
-        weights_BT = jnp.ones(tokens_BT.shape, jnp.float32) if weights_BT is None else weights_BT.astype(jnp.float32)
+        ce_sum, weight_sum, losses = self._head_loss(hidden_BTD, batch["targets"], batch["weights"])
+        aux.losses.update(losses)
+        return LossOut(ce_sum, weight_sum, aux)
+
+    def _head_loss(self, hidden_BTD, targets_BT, weights_BT):
+        """(sum of weighted cross entropy, sum of weights, {auxiliary loss: sum}) of what `hidden` returns."""
+        c, weights_BT = self.config, weights_BT.astype(jnp.float32)
         scale = self._head_scale()
         ce_BT, lse_BT = ops.linear_cross_entropy(
             hidden_BTD if scale == 1.0 else hidden_BTD * scale,
@@ -121,9 +143,36 @@ class Decoder(nnx.Module):
             targets_BT, w_layout="VD" if c.tie_embeddings else "DV",
             logits_soft_cap=c.logits_soft_cap, implementation=c.implementation,
         )  # fmt: skip
-        if c.z_loss:
-            aux.losses["z_loss"] = c.z_loss * jnp.sum(weights_BT * lse_BT**2)
-        return LossOut(jnp.sum(weights_BT * ce_BT), jnp.sum(weights_BT), aux)
+        losses = {"z_loss": c.z_loss * jnp.sum(weights_BT * lse_BT**2)} if c.z_loss else {}
+        return jnp.sum(weights_BT * ce_BT), jnp.sum(weights_BT), losses
+
+    def _staged_loss(self, batch, key, mode):
+        """`loss` over the stages of a pipeline; rows of an evaluation are micro-batches too, since none of its sums depends on that."""
+        batch = {name: a for name, a in batch.items() if a is not None}
+        if batch["tokens"].ndim == 2:
+            split = key is None and mode == "eval"
+            batch = staged.rows_as_micro_batches(batch, EVAL_MICRO_BATCHES_PER_STAGE * staged.stages() if split else 1)
+            key = None if key is None else key[None]
+        static = {"mode": mode, "layout": _layout()}
+        fields = {"segment_ids_BT": batch.get("segment_ids"), "positions_BT": batch.get("positions"), "key": key}
+
+        def tail(x_BTD, ctx, targets_BT, weights_BT):
+            return self._head_loss(self.final_norm(x_BTD), targets_BT, weights_BT)
+
+        arrays = batch["targets"], batch["weights"]
+        out, micro_Ks, auxes = staged.forward(self, batch["tokens"], fields, tail, arrays, **static)
+        ce_sum, weight_sum, losses = staged.total(out, micro_Ks >= 0)
+        aux = _gather_aux(auxes, self.segments)
+        aux.losses.update(losses)
+        return LossOut(ce_sum, weight_sum, aux)
+
+    def _staged_hidden(self, tokens_BT, ctx_fields):
+        """`hidden` over the stages of a pipeline, as one micro-batch: the last one of what leaves it."""
+        static = {name: ctx_fields.pop(name) for name in ("mode", "layout") if name in ctx_fields}
+        fields = jax.tree.map(lambda a: a[None], ctx_fields)
+        out, micro_Ks, auxes = staged.forward(self, tokens_BT[None], fields, lambda x, ctx: self.final_norm(x), **static)
+        k, s = np.argwhere(micro_Ks == 0)[0]
+        return out[k, s], _gather_aux(auxes, self.segments)
 
     def init_state(self, batch, max_len, dtype=None, memory=None):
         """The empty decoding state of `batch` sequences of up to max_len tokens; dtype of caches (default: the compute dtype)."""
@@ -174,7 +223,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BT, ctx):
         x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype) * self.config.embed_scale
-        return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, ctx.at_layer(-1).key_for(DROPOUT_EMBED))
+        key = ctx.at_layer(-1).key_for(DROPOUT_EMBED)
+        return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, key, ctx.layout)
 
     def _decode(self, x, ctx, state, call):
         layers = []
@@ -202,6 +252,11 @@ class Decoder(nnx.Module):
         # muP (arXiv:2203.03466, table 8: std 1, multiplier 1/width), for a head drawn with std width^-1/2 and its rate scaled accordingly.
         c = self.config
         return 1.0 if c.mup_base_width is None else (c.mup_base_width / c.d_model) ** 0.5
+
+
+def _layout():
+    """In which order the tokens of every row are."""
+    return options.current().layout if shards("seq") > 1 else "contiguous"
 
 
 def _aux_rows(segs):

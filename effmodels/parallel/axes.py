@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from effmodels.config import ConfigError, nearest
+from effmodels.parallel import options
 
 # Slowest-varying first: tensor neighbours sit closest in the interconnect, stages and data replicas farthest.
 MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
@@ -41,7 +42,7 @@ DEFAULT_RULES = {
     "expert": "expert",
     "expert_mlp": "tensor",
     "vocab": "tensor",
-    "layers": None,
+    "layers": "stage",
     "stage": "stage",
     "norm": None,
 }
@@ -71,16 +72,18 @@ def make_rules(overrides=None):
 
 
 def decode_rules(rules=None):
-    """The table used while decoding: a sequence of one token cannot be split, so no dim of time is."""
+    """The table used while decoding: a sequence of one token cannot be split, so no dim of time is; stages become copies of the model."""
     table = dict(rules or make_rules())
-    table.update(seq=None, res_seq=None, kv_seq=None, tokens=("data", "fsdp", "expert"))
+    batch = (*as_tuple(table["batch"]), *as_tuple(table["stage"]))
+    table.update(seq=None, res_seq=None, kv_seq=None, layers=None, stage=None, batch=batch, tokens=batch)
     return tuple(sorted(table.items()))
 
 
 @contextlib.contextmanager
-def use(mesh, rules=None):
-    """Inside, `shard` and `parallel.ops` place arrays on `mesh` by `rules` (default: DEFAULT_RULES)."""
-    with jax.set_mesh(mesh), _RULES(rules if isinstance(rules, tuple) else make_rules(rules)):
+def use(mesh, rules=None, parallel=None):
+    """Inside, `shard` and `parallel.ops` place arrays on `mesh` by `rules` (default: DEFAULT_RULES), run as `parallel` (Options) says."""
+    rules = rules if isinstance(rules, tuple) else make_rules(rules)
+    with jax.set_mesh(mesh), _RULES(rules), options.use(parallel):
         yield mesh
 
 
@@ -156,10 +159,26 @@ def checked_spec(shape, dim_names, *, mesh, rules=None, array):
 def parameter_sharding(shape, info, *, mesh, rules=None, name="parameter"):
     """The NamedSharding of a stored parameter or of a moment of the same shape.
 
-    A vocabulary that does not divide is stored whole: `parallel.ops` pads and masks it where it is used.
+    A vocabulary that does not divide is stored whole, as is a stack of layers that is no pipeline's.
     """
-    names = tuple(None if d == "vocab" and n % shards(d, mesh=mesh, rules=rules) else d for n, d in zip(shape, info.dim_names))
+    whole = ("vocab", "layers")
+    names = tuple(None if d in whole and n % shards(d, mesh=mesh, rules=rules) else d for n, d in zip(shape, info.dim_names))
     return NamedSharding(mesh, checked_spec(shape, names, mesh=mesh, rules=rules, array=name))
+
+
+def also_split(sharding, shape, axis="data"):
+    """The NamedSharding with `axis` added to the largest dim that it divides, or unchanged if there is none (ZeRO-1, arXiv:1910.02054)."""
+    mesh, parts = sharding.mesh, [as_tuple(p) for p in (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))]
+    size = mesh.shape.get(axis, 1)
+    if size == 1 or any(axis in p for p in parts):
+        return sharding
+    local = [n // math.prod(mesh.shape[a] for a in p) for n, p in zip(shape, parts)]
+    fitting = [i for i, n in enumerate(local) if n % size == 0]
+    if not fitting:
+        return sharding
+    best = max(fitting, key=lambda i: local[i])
+    parts[best] = (*parts[best], axis)
+    return NamedSharding(mesh, PartitionSpec(*(p[0] if len(p) == 1 else p or None for p in parts)))
 
 
 def as_tuple(axes):

@@ -2,7 +2,8 @@
 import math
 
 import jax
-from jax.sharding import AxisType
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
 from effmodels.config import ConfigError, nearest
 from effmodels.parallel.axes import MESH_AXES
@@ -43,4 +44,29 @@ def make_mesh(config=None, devices=None):
     devices = jax.devices() if devices is None else list(devices)
     shape = sizes(config, len(devices))
     # Explicit axes, jax's default, change the meaning of every op; this is the one place where a mesh is made.
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        across = across_slices(shape, slices)
+        inside = [n // across[axis] for axis, n in shape.items()]
+        placed = mesh_utils.create_hybrid_device_mesh(inside, tuple(across.values()), devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
+    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
+
+
+def across_slices(shape, slices):
+    """How the slow network between slices is used: {axis: parts}, data first, then stage; everything else stays inside a slice.
+
+    shape: every axis' size. Raises ConfigError when the slices divide neither.
+    """
+    left, across = slices, dict.fromkeys(shape, 1)
+    for axis in ("data", "stage"):
+        across[axis] = math.gcd(shape[axis], left)
+        left //= across[axis]
+    if left > 1:
+        raise ConfigError(
+            f"mesh: {slices} slices are connected by a slow network, which only the data and stage axes may cross, but "
+            f"data={shape['data']} and stage={shape['stage']} do not split into {slices}; make mesh.data a multiple of {slices} (fsdp then "
+            "shards inside a slice)."
+        )
+    return across

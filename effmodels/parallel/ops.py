@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from effmodels.parallel import axes
+from effmodels.parallel import axes, layouts, options, ring, state_passing, ulysses
+from pallas_kernels import dispatch
+from pallas_kernels.target import target
+
+
+def load_kernels():
+    """Imports the kernels of this platform. Before a thread compiles: libraries that the main thread imports meanwhile (TFDS) replace
+    Python's import while they load, for all threads."""
+    dispatch.load(("flash_attention", "grouped_matmul", "linear_cross_entropy", "retention"), target().platform)
 
 
 def run_sharded(f, arrays, out_dims):
@@ -59,52 +67,74 @@ def _pieces(mesh_axes):
     return math.prod(axes.current_mesh().shape[a] for a in mesh_axes)
 
 
-def _refuse_sharded_time(op):
-    pieces = axes.shards("seq")
-    if pieces > 1:
-        raise NotImplementedError(
-            f"{op}: the sequence is split over {pieces} devices, which needs ring attention and state passing; these are not built yet. "
-            "Use mesh.seq=1 and split over data, fsdp or tensor."
-        )
-
-
 def attention(
-    q_BTNH, k_BSKH, v_BSKP, *, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, sinks=None, **options
+    q_BTNH, k_BSKH, v_BSKP, *, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, sinks=None, **attention_options
 ):  # fmt: skip
-    """`pallas_kernels.flash_attention` with batch and heads split by the rules; [B, T, N, P] in q's dtype.
+    """`pallas_kernels.flash_attention` with batch, heads and time split by the rules; [B, T, N, P] in q's dtype.
 
-    Where the tensor axis does not divide the kv heads, they are repeated until it does.
+    Where the tensor axis does not divide the kv heads, they are repeated until it does. Over a split sequence the form of
+    `parallel.attention` runs: a ring, all keys gathered, or an exchange of heads. No positions: those of the layout in force.
     """
-    _refuse_sharded_time("attention")
     pieces, kv_heads = axes.shards("act_heads"), k_BSKH.shape[2]
     if kv_heads % pieces:
         repeats = math.lcm(kv_heads, pieces) // kv_heads
         k_BSKH, v_BSKP = jnp.repeat(k_BSKH, repeats, axis=2), jnp.repeat(v_BSKP, repeats, axis=2)
+    form = options.current().attention if axes.shards("seq") > 1 else None
+    if form == "all_gather" and positions is None:
+        positions = layout_positions(q_BTNH)
+        kv_positions = positions if k_BSKH.shape[1] == q_BTNH.shape[1] else layout_positions(k_BSKH)
 
     def kernel(q, k, v, **rest):
-        return pallas_kernels.flash_attention(q, k, v, **rest, **options)
+        if form in SPLIT_TIME_ATTENTION:
+            return SPLIT_TIME_ATTENTION[form](q, k, v, axis=seq_axes(), layout=options.current().layout, **rest, **attention_options)
+        return pallas_kernels.flash_attention(q, k, v, **rest, **attention_options)
 
-    heads, rows = ("batch", None, "act_heads", None), ("batch", None)
+    key_time = "seq" if form in SPLIT_TIME_ATTENTION else "kv_seq"
+    heads, rows, key_rows = ("batch", "seq", "act_heads", None), ("batch", "seq"), ("batch", key_time)
+    key_heads = ("batch", key_time, "act_heads", None)
+    if form is not None:  # queries and keys of one shard are of different tokens: both sides need their own
+        kv_positions = positions if kv_positions is None else kv_positions
+        kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     arrays = {
-        "q": (q_BTNH, heads), "k": (k_BSKH, heads), "v": (v_BSKP, heads), "sinks": (sinks, ("act_heads",)),
-        "segment_ids": (segment_ids, rows), "kv_segment_ids": (kv_segment_ids, rows),
-        "positions": (positions, rows), "kv_positions": (kv_positions, rows),
+        "q": (q_BTNH, heads), "k": (k_BSKH, key_heads), "v": (v_BSKP, key_heads), "sinks": (sinks, ("act_heads",)),
+        "segment_ids": (segment_ids, rows), "kv_segment_ids": (kv_segment_ids, key_rows),
+        "positions": (positions, rows), "kv_positions": (kv_positions, key_rows),
     }  # fmt: skip
     return run_sharded(kernel, arrays, heads)
 
 
-def retention(q_BTNH, k_BTNH, v_BTNP, log_decay, *, initial_state=None, segment_ids=None, output_final_state=False, **options):
-    """`pallas_kernels.retention` with batch and heads split by the rules; y [B, T, N, P], and the state [B, N, H, P] if asked."""
-    _refuse_sharded_time("retention")
+def layout_positions(x_BT):
+    """int32 [B, T]: the place in the row of every token under the layout in force, for an array that starts with [B, T]."""
+    B, T = x_BT.shape[:2]
+    return jnp.broadcast_to(layouts.order(options.current().layout, T, axes.shards("seq")), (B, T))
+
+
+def seq_axes():
+    """The mesh axes that split a sequence, as collectives take them."""
+    return axes.as_tuple(axes.current_rules()["seq"])
+
+
+SPLIT_TIME_ATTENTION = {"ring": ring.attend, "ulysses": ulysses.attend}
+
+
+def retention(q_BTNH, k_BTNH, v_BTNP, log_decay, *, initial_state=None, segment_ids=None, output_final_state=False, **retention_options):
+    """`pallas_kernels.retention` with batch, heads and time split by the rules; y [B, T, N, P], and the state [B, N, H, P] if asked.
+
+    Over a split sequence every shard summarises its own tokens and the states pass from shard to shard (`state_passing`).
+    """
+    split_time = axes.shards("seq") > 1
 
     def kernel(q, k, v, log_decay, **rest):
-        return pallas_kernels.retention(q, k, v, log_decay, output_final_state=output_final_state, **rest, **options)
+        rest |= {"output_final_state": output_final_state, **retention_options}
+        if split_time:
+            return state_passing.retain(q, k, v, log_decay, axis=seq_axes(), layout=options.current().layout, **rest)
+        return pallas_kernels.retention(q, k, v, log_decay, **rest)
 
-    heads, state = ("batch", None, "act_heads", None), ("batch", "act_heads", None, None)
-    decay_dims = ("act_heads",) if log_decay.ndim == 1 else ("batch", None, "act_heads")
+    heads, state = ("batch", "seq", "act_heads", None), ("batch", "act_heads", None, None)
+    decay_dims = ("act_heads",) if log_decay.ndim == 1 else ("batch", "seq", "act_heads")
     arrays = {
         "q": (q_BTNH, heads), "k": (k_BTNH, heads), "v": (v_BTNP, heads), "log_decay": (log_decay, decay_dims),
-        "initial_state": (initial_state, state), "segment_ids": (segment_ids, ("batch", None)),
+        "initial_state": (initial_state, state), "segment_ids": (segment_ids, ("batch", "seq")),
     }  # fmt: skip
     return run_sharded(kernel, arrays, (heads, state) if output_final_state else heads)
 

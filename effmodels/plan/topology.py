@@ -44,8 +44,8 @@ def has_compiler():
 
 
 @functools.cache
-def devices(generation, number=4):
-    """`number` (4, 8 or 16) chips of a generation in GENERATIONS, as devices that only a compiler can use."""
+def devices(generation, number=4, slices=1):
+    """`number` (4, 8 or 16) chips of each slice, of a generation in GENERATIONS, as devices that only a compiler can use."""
     if generation not in _GENERATIONS:
         raise ValueError(f"unknown TPU generation {generation!r}; expected one of {', '.join(GENERATIONS)}.")
     shapes, options = _GENERATIONS[generation]
@@ -55,7 +55,7 @@ def devices(generation, number=4):
         raise ModuleNotFoundError("compiling for a TPU needs libtpu, which is not installed: pip install -e '.[plan]'.")
     quiet_environment()
     name = f"{generation}:{shapes[number]}"
-    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **options).devices)
 
 
 def mesh(generation, **axes):

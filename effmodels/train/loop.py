@@ -70,7 +70,8 @@ class Run:
     def train(self):
         """Steps until config.steps, a signal, or numbers that break down."""
         state, start = self._restore_or_init()
-        previous = signal.signal(signal.SIGTERM, self._on_signal) if _main_thread() else None
+        # Several processes agree through jax's own watch for the signal, at a step that all of them reach.
+        previous = signal.signal(signal.SIGTERM, self._on_signal) if _main_thread() and jax.process_count() == 1 else None
         try:
             with self.setup.context():
                 state, result = self._steps(state, start)
@@ -107,6 +108,7 @@ class Run:
                 self.log(f"stopping inside step {step}: its micro-batches are repeated on resume")
                 break
             state, metrics = outcome
+            self._agree_on_stopping(step)
             self.position = iterator.state()
             # One step late: the device already works on the next step while the host reads this one's numbers.
             pending = self._read(pending, records, rate)
@@ -147,6 +149,14 @@ class Run:
             self._micro_progress(step, micro, count, sums, begun)
         return programs.apply_step(state, sums, np.int32(count))
 
+    def _agree_on_stopping(self, step):
+        if jax.process_count() > 1 and not self.stopping:
+            from jax.experimental import multihost_utils
+
+            self.stopping = multihost_utils.reached_preemption_sync_point(step)
+            if self.stopping:
+                self.log(f"SIGTERM: all {jax.process_count()} processes save and stop after step {step}")
+
     def _micro_progress(self, step, micro, count, sums, begun):
         jax.block_until_ready(sums.weight_sum)
         seconds = time.perf_counter() - begun
@@ -166,7 +176,8 @@ class Run:
         setup, c = self.setup, self.config
         sequences, seq_len = setup.ramp.batch_size_at(step), setup.ramp.seq_len_at(step)
         rate.add(tokens=sequences * seq_len)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        # A choice that found no room may be of a token without loss: the numbers alone would not always tell.
+        if np.any(values.get("moe_overflow", 0) > 0) or not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._stop_non_finite(step, values, metrics["squares"])
         first = step == self.first_step
         if first:
@@ -181,22 +192,30 @@ class Run:
     def _stop_non_finite(self, step, values, squares):
         names = nonfinite_leaves({p: np.asarray(v) for p, v in squares.items()}, self.setup.names)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        saved = self.checkpoints.latest()
+        saved, lost = self.checkpoints.latest(), int(np.sum(values.get("moe_overflow", 0)))
+        cure = "Lower optim.lr, raise optim.warmup_steps or set optim.clip, then run the same command."
+        if lost:
+            bound = self.config.parallel.recv_bound
+            cure = (
+                f"{lost:,} choices of experts found no room in the exchange (parallel.recv_bound={bound}): raise it, or set it to None for "
+                "the worst case."
+            )
         raise NonFiniteError(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}. Gradients that are not finite: {shown or 'none'}. "
             f"Nothing was saved after it; last good checkpoint: {'none' if saved is None else f'step {saved}'}. "
-            "Lower optim.lr, raise optim.warmup_steps or set optim.clip, then run the same command."
+            f"{cure}"
         )
 
     def _evaluate(self, state, step, records=None):
         setup, c = self.setup, self.config
         seq_len = setup.lengths.stages[-1].seq_len
         prepared, program = setup.data(seq_len), setup.programs(seq_len).eval_step
-        iterator = data.batches(prepared, batch_size=setup.micro_batch, seed=0, split="validation", repeat=False, **_processes())
+        iterator = data.batches(prepared, batch_size=setup.micro_batch, seed=0, split="validation", repeat=False, **setup.part())
         ce, weight, size = 0.0, 0.0, 0.0
         for _, batch in zip(range(c.eval.batches), iterator):
             ce_sum, weight_sum = program(state.params, state.buffers, setup.put(batch))
-            ce, weight, size = ce + float(ce_sum), weight + float(weight_sum), size + _sum_over_processes(batch["target_bytes"])
+            ce, weight = ce + float(ce_sum), weight + float(weight_sum)
+            size += _sum_over_processes(batch["target_bytes"], setup.data_part[1])
         result = {"step": step, "eval_loss": ce / max(weight, 1.0), "bits_per_byte": ce / math.log(2) / max(size, 1.0)}
         if not math.isfinite(result["eval_loss"]):
             raise NonFiniteError(f"step {step}: the evaluation loss is {result['eval_loss']}; nothing was saved after it.")
@@ -211,7 +230,7 @@ class Run:
         stage = self.setup.lengths.stage_at(step)
         if self.iterator_stage != stage.index:
             prepared = self.setup.data(stage.seq_len)
-            self.iterator = data.batches(prepared, batch_size=self.setup.micro_batch, seed=self.config.seed, **_processes())
+            self.iterator = data.batches(prepared, batch_size=self.setup.micro_batch, seed=self.config.seed, **self.setup.part())
             self.iterator_stage = stage.index
         return self.iterator
 
@@ -246,6 +265,8 @@ class Run:
     def _claim_workdir(self, config):
         """Writes run.json, or checks that the one there is of the same run."""
         path, identity = self.workdir / RUN_FILE, self.config.identity()
+        if jax.process_index() > 0:
+            _wait_for_all("run.json")  # process 0 writes it
         if path.exists():
             differences = _differences(json.loads(path.read_text())["identity"], identity)
             if differences:
@@ -257,6 +278,7 @@ class Run:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"identity": identity, "config": jsonable(config), "versions": versions(), "command": sys.argv}
             path.write_text(json.dumps(record, indent=1, default=str))
+            _wait_for_all("run.json")
 
     def _print_plan(self):
         setup, c = self.setup, self.config
@@ -268,6 +290,8 @@ class Run:
             f"step: {c.batch_size} sequences of {c.seq_len} = {c.batch_size * c.seq_len:,} tokens in "
             f"{c.batch_size // setup.micro_batch} micro-batches ({setup.accumulation})"
         )
+        for line in setup.spread():
+            self.log(line)
 
     def _announce_step(self):
         c, seconds = self.config, self.setup.estimated_step_seconds()
@@ -353,17 +377,21 @@ def _differences(old, new, path=""):
     return [] if old == new else [f"{path} {old!r} there, {new!r} here"]
 
 
-def _processes():
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def _sum_over_processes(values):
+def _sum_over_processes(values, parts):
     total = float(np.sum(values))
     if jax.process_count() == 1:
         return total
     from jax.experimental import multihost_utils
 
-    return float(np.sum(multihost_utils.process_allgather(np.float64(total))))
+    # Processes that split rows between them have read the same rows.
+    return float(np.sum(multihost_utils.process_allgather(np.float64(total)))) * parts / jax.process_count()
+
+
+def _wait_for_all(what):
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def _main_thread():

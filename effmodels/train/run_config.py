@@ -7,6 +7,8 @@ from effmodels import data as data_package
 from effmodels.config import ConfigError, ModelConfig, build, check, nearest, plain
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, mesh
+from effmodels.parallel.distributed import Distributed
+from effmodels.parallel.options import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ class RunConfig:
     optim: dict
     mesh: dict
     rules: dict
+    parallel: Options
+    distributed: Distributed
     train: TrainConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
@@ -85,6 +89,7 @@ class RunConfig:
                 raise ConfigError(f"config: unknown section {name!r}.{nearest(name, names)}")
         sections = {"train": TrainConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig, "log": LogConfig}
         built = {name: build(section, given.get(name, {}), f"config.{name}") for name, section in sections.items()}
+        built |= {name: build(section, given.get(name, {}), f"config.{name}") for name, section in SPREAD.items()}
         model = dict(given.get("model") or {})
         if model.get("compute_dtype") == "auto":
             model["compute_dtype"] = "float32" if platform == "cpu" else "bfloat16"
@@ -137,6 +142,7 @@ class RunConfig:
         return jsonable(values)
 
 
+SPREAD = {"parallel": Options, "distributed": Distributed}
 TENSORBOARD = {"auto": "auto", "on": True, "off": False}
 # How layers are run, not what they compute: free to change on resume.
 _FREE_MODEL_FIELDS = ("scan_layers", "remat", "implementation", "compute_dtype")

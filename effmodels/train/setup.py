@@ -20,7 +20,8 @@ from effmodels.config import ConfigError
 from effmodels.layers.param import ParamInfo
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
-from effmodels.parallel import axes
+from effmodels.models.resolve import resolve
+from effmodels.parallel import axes, distributed, layouts, ops, pipeline
 from effmodels.parallel import mesh as meshes
 from effmodels.train import budget, metrics, optim, schedules, step
 from effmodels.train.run_config import RunConfig
@@ -33,6 +34,7 @@ MICRO_TOKENS = {"cpu": 8192, "tpu": 16_384, "gpu": 16_384}
 LARGE_MODEL = 2e8  # parameters above which a CPU takes MICRO_TOKENS_LARGE at a time
 MICRO_TOKENS_LARGE = 2048
 SEQUENTIAL_ABOVE = 2**26  # bytes
+MICRO_BATCHES_PER_STAGE = 4  # where the config leaves the choice: at most a fifth of a pipeline's slots is without work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,20 @@ class Setup:
         self.log, self.devices = log, list(jax.devices() if devices is None else devices)
         self.platform = self.devices[0].platform
         self.config = c = RunConfig.from_mapping(config, self.platform)
+        distributed.check_joined()
         self.sizes = c.mesh_sizes(len(self.devices))
         self.rules = axes.make_rules(c.rules)
         self.mesh = meshes.make_mesh(self.sizes, self.devices)
+        self.options = self._resolve_options()
         self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
         _, self.abstract_params, self.abstract_buffers = model_state.split(self.model)
         self.infos, self.names = model_state.info(self.model), model_state.manifest(self.model)
+        self.stages = axes.shards("stage", mesh=self.mesh, rules=self.rules)
+        if self.stages > 1:
+            pipeline.choose([(s.start, s.period, s.repeats) for s in self.model.segments], self.stages, self.options.rounds)
         self.cost = cost(c.model, c.seq_len)
         self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
+        self.data_part = self._data_part()
         self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
         self.ramp = schedules.BatchRamp(
             c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths,
@@ -71,7 +79,7 @@ class Setup:
         width = None if c.model.mup_base_width is None else c.model.d_model / c.model.mup_base_width
         self.schedule = schedules.make_schedule(c.optim, c.steps)
         # XLA:CPU keeps every elementwise temporary of a large array; one layer at a time it keeps few.
-        sequential = SEQUENTIAL_ABOVE if self.platform == "cpu" else None
+        sequential = SEQUENTIAL_ABOVE if self.platform == "cpu" and self.stages == 1 else None
         self.optimizer = optim.make_optimizer(
             c.optim, param_infos, shapes, c.steps, mup_width_multiplier=width, sequential_above=sequential
         )  # fmt: skip
@@ -88,6 +96,7 @@ class Setup:
 
         Raises ConfigError when the vocabulary does not fit.
         """
+        ops.load_kernels()
         for stage in self.lengths.stages:
             self._submit(stage.seq_len)
         for stage in self.lengths.stages:
@@ -123,15 +132,44 @@ class Setup:
 
     def put(self, batches):
         """Micro-batches of this process as one global [M, B, T] array per key, or [B, T] from a single dict."""
-        if isinstance(batches, dict):
-            local, sharding = {k: batches[k] for k in DEVICE_KEYS}, self._batch_sharding(stacked=False)
-        else:
-            local, sharding = {k: np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}, self._batch_sharding(stacked=True)
-        return {k: jax.make_array_from_process_local_data(sharding, a) for k, a in local.items()}
+        one = isinstance(batches, dict)
+        sharding = self._batch_sharding(stacked=not one)
+        local = {k: batches[k] if one else np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}
+        local = {k: layouts.to_layout(a, self.options.layout, self.sizes["seq"], axis=-1) for k, a in local.items()}
+        first, rows = self.data_part[0] * self.micro_batch // self.data_part[1], self.micro_batch
+
+        def array(a):
+            def piece(index):
+                *outer, row, time = index
+                start, stop, _ = row.indices(rows)
+                return a[(*outer, slice(start - first, stop - first), time)]
+
+            return jax.make_array_from_callback((*a.shape[:-2], rows, a.shape[-1]), sharding, piece)
+
+        return {k: array(a) for k, a in local.items()}
+
+    def spread(self):
+        """Sentences on how the work is spread, where there is something to say: the idle share of a pipeline, the balance of a ring."""
+        c, lines = self.config, []
+        if self.stages > 1:
+            count, rounds = c.batch_size // self.micro_batch, self.options.rounds
+            idle = pipeline.bubble_share(self.stages, count, rounds)
+            lines.append(f"pipeline: {self.stages} stages x {rounds} rounds, {count} micro-batches, {idle:.1%} of the slots idle")
+        if self.sizes["seq"] > 1:
+            windows = {m.config.window for m in self._mixers() if hasattr(m.config, "window")}
+            shares = {w: layouts.balance(self.options.layout, c.seq_len, self.sizes["seq"], w) for w in sorted(windows, key=str)}
+            where = {w: "with all keys" if w is None else f"in a window of {w}" for w in shares}
+            each = [f"{share:.0%} of the devices at work {where[w]}" for w, share in shares.items()]
+            lines.append("; ".join([f"sequence: {self.sizes['seq']} parts, {self.options.layout}, {self.options.attention}", *each]))
+        return lines
+
+    def part(self):
+        """Which rows of a global batch this process reads, as arguments of `data.batches`."""
+        return {"process_index": self.data_part[0], "process_count": self.data_part[1]}
 
     def context(self):
         """The mesh and rules in force, per thread; nothing on a single device, where no op needs to be split."""
-        return axes.use(self.mesh, self.rules) if self.mesh.size > 1 else contextlib.nullcontext()
+        return axes.use(self.mesh, self.rules, self.options) if self.mesh.size > 1 else contextlib.nullcontext()
 
     def memory_budget(self, seq_len, copies_on_save):
         """`MemoryBudget` of the run at this length."""
@@ -171,6 +209,8 @@ class Setup:
         tokens = MICRO_TOKENS_LARGE if large else MICRO_TOKENS.get(self.platform, MICRO_TOKENS["gpu"])
         most = max(rows, tokens // c.seq_len * rows)
         sizes = [b for _, b in c.train.batch_ramp] or [c.batch_size]
+        if self.stages > 1:  # enough micro-batches to keep the stages busy
+            most = max(rows, min(most, *(b // (MICRO_BATCHES_PER_STAGE * self.stages) for b in sizes)))
         fitting = [n for n in range(rows, most + 1, rows) if all(b % n == 0 for b in sizes)]
         if not fitting:
             raise ConfigError(f"config: batch sizes {sizes} do not divide by the {rows} devices of the mesh's data, fsdp and expert axes.")
@@ -179,6 +219,13 @@ class Setup:
     def _choose_accumulation(self):
         c = self.config
         wanted = c.train.accumulation
+        if self.stages > 1:
+            if wanted == "loop" or c.train.batch_ramp:
+                raise ConfigError(
+                    f"config.train: over mesh.stage={self.stages} the micro-batches of a step go through the pipeline in one program; "
+                    "accumulation='loop' and a batch_ramp, which run them one by one, need mesh.stage=1."
+                )
+            return "scan"
         if c.train.batch_ramp and wanted == "scan":
             raise ConfigError("config.train: a batch_ramp varies the number of micro-batches, 'scan' fixes it; use accumulation='loop'.")
         if wanted != "auto":
@@ -186,6 +233,30 @@ class Setup:
         if c.train.batch_ramp:
             return "loop"
         return "loop" if self.estimated_step_seconds() > LOOP_ABOVE_SECONDS else "scan"
+
+    def _resolve_options(self):
+        """The run's `parallel` options with the layout chosen; ConfigError when a row does not divide or a mixer cannot follow it."""
+        c, pieces = self.config, axes.shards("seq", mesh=self.mesh, rules=self.rules)
+        if pieces == 1:
+            return dataclasses.replace(c.parallel, layout="contiguous")
+        mixers = self._mixers()
+        allowed = [name for name in layouts.LAYOUTS if all(name in m.cls.layouts for m in mixers)]
+        layout = c.parallel.layout
+        if layout == "auto":
+            windows = tuple(m.config.window for m in mixers if hasattr(m.config, "window"))
+            layout = layouts.choose(windows, c.seq_len, pieces, allowed)
+        if layout not in allowed:
+            refusing = sorted({m.name for m in mixers if layout not in m.cls.layouts})
+            raise ConfigError(
+                f"config.parallel.layout={layout!r}: the mixers {', '.join(refusing)} are not right in that order (what passes a state "
+                f"from token to token needs neighbours on one device). Use one of {', '.join(allowed)}."
+            )
+        for length in {stage[1] for stage in c.train.length_stages} | {c.seq_len}:
+            layouts.order(layout, length, pieces)
+        return dataclasses.replace(c.parallel, layout=layout)
+
+    def _mixers(self):
+        return [kind.mixer for kind in resolve(self.config.model).layers]
 
     def _state_shardings(self, param_infos, shapes):
         def of(info, a, name):
@@ -196,12 +267,31 @@ class Setup:
         opt_names = optim.state_dim_names(self.abstract_state.opt_state, param_infos, shapes)
         leaves, tree = jax.tree.flatten(self.abstract_state.opt_state)
         flat_names = tree.flatten_up_to(opt_names)
-        opt_state = tree.unflatten([of(ParamInfo(tuple(n)), a, "optimiser state") for n, a in zip(flat_names, leaves)])
+        placed = [of(ParamInfo(tuple(n)), a, "optimiser state") for n, a in zip(flat_names, leaves)]
+        if self.options.zero1:
+            placed = [axes.also_split(place, a.shape) for place, a in zip(placed, leaves)]
+        opt_state = tree.unflatten(placed)
         return TrainState(step=NamedSharding(self.mesh, PartitionSpec()), params=params, buffers=buffers, opt_state=opt_state)
 
     def _batch_sharding(self, stacked):
         spec = axes.spec(("batch", "seq"), rules=self.rules, mesh=self.mesh, array="batch")
         return NamedSharding(self.mesh, PartitionSpec(None, *spec) if stacked else spec)
+
+    def _data_part(self):
+        """(i, n): this process reads the i-th of n equal parts of a micro-batch's rows; processes that split a row read the same part."""
+        sharding, shape = self._batch_sharding(stacked=False), (self.micro_batch, self.config.seq_len)
+        rows = {}
+        for device, (row, _) in sharding.devices_indices_map(shape).items():
+            rows.setdefault(device.process_index, set()).add(row.indices(shape[0])[:2])
+        parts = {process: (min(a for a, _ in held), max(b for _, b in held)) for process, held in rows.items()}
+        borders = sorted(set(parts.values()))
+        size = borders[0][1] - borders[0][0]
+        if borders != [(i * size, (i + 1) * size) for i in range(len(borders))]:
+            raise ConfigError(
+                f"config.mesh: with devices in this order the processes hold the rows {dict(sorted(parts.items()))} of a micro-batch, "
+                "which are no equal parts; let data x fsdp x expert be a multiple or a divisor of the number of processes."
+            )
+        return borders.index(parts[jax.process_index()]), len(borders)
 
     def _abstract_batch(self, seq_len, micro_batches=None):
         shape = (self.micro_batch, seq_len) if micro_batches is None else (micro_batches, self.micro_batch, seq_len)
@@ -218,19 +308,20 @@ class Setup:
         def program(fn, *args, out=None, donate=()):
             return jax.jit(fn, donate_argnums=donate, out_shardings=out).lower(*args).compile(compiler_options=options)
 
-        eval_step = program(f.eval_step, state.params, state.buffers, batch)
+        # What the host reads is whole on every process.
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        eval_step = program(f.eval_step, state.params, state.buffers, batch, out=replicated)
         if self.accumulation == "scan":
             count = self.config.batch_size // self.micro_batch
-            train_step = program(f.train_step, state, self._abstract_batch(seq_len, count), out=(sh, None), donate=(0,))
+            train_step = program(f.train_step, state, self._abstract_batch(seq_len, count), out=(sh, replicated), donate=(0,))
             return Programs(train_step=train_step, eval_step=eval_step)
         sums = jax.eval_shape(f.zero_sums, state.params, state.buffers, batch)
-        replicated = NamedSharding(self.mesh, PartitionSpec())
         sums_sh = jax.tree.map(lambda _: replicated, sums)._replace(grads=sh.params)
         sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), sums, sums_sh)
         zero = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums), out_shardings=sums_sh)
         return Programs(
             micro_step=program(f.micro_step, state.params, state.buffers, sums, batch, number, number, out=sums_sh, donate=(2,)),
-            apply_step=program(f.apply_step, state, sums, number, out=(sh, None), donate=(0,)),
+            apply_step=program(f.apply_step, state, sums, number, out=(sh, replicated), donate=(0,)),
             zero_sums=zero.lower().compile(),
             eval_step=eval_step,
         )

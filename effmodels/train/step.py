@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from effmodels.config import ConfigError
 from effmodels.models import state as model_state
+from effmodels.parallel import axes
 from effmodels.train.state import TrainState
 
 
@@ -23,6 +25,7 @@ class Sums(NamedTuple):
     losses: Any
     load_LE: Any
     drop_L: Any
+    overflow_L: Any = None
 
 
 class StepFunctions(NamedTuple):
@@ -50,8 +53,8 @@ def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32", sequ
             return out.total_sum, out
 
         grads, out = jax.grad(total, has_aux=True)(params)
-        drops = out.aux.metrics.get("moe_drop_fraction")
-        return Sums(grads, out.ce_sum, out.weight_sum, out.aux.losses, out.aux.load_LE, drops)
+        drops, overflow = out.aux.metrics.get("moe_drop_fraction"), out.aux.metrics.get("moe_overflow")
+        return Sums(grads, out.ce_sum, out.weight_sum, out.aux.losses, out.aux.load_LE, drops, overflow)
 
     def zero_sums(params, buffers, batch):
         shapes = jax.eval_shape(sums_of, params, buffers, batch, jax.eval_shape(lambda: jax.random.key(0)))
@@ -76,6 +79,10 @@ def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32", sequ
 
     def train_step(state, batch_MBT):
         count, first = jax.tree.leaves(batch_MBT)[0].shape[0], jax.tree.map(lambda a: a[0], batch_MBT)
+        if axes.shards("stage") > 1:  # the pipeline's micro-batches are these, all in one call
+            _check_sums(state.params, accumulate_dtype)
+            keys_M = jax.vmap(lambda micro: key_of(state.step, micro))(jnp.arange(count))
+            return apply_step(state, sums_of(state.params, state.buffers, batch_MBT, keys_M), count)
         if count == 1:
             return apply_step(state, sums_of(state.params, state.buffers, first, key_of(state.step, 0)), 1)
 
@@ -111,6 +118,16 @@ def nonfinite_leaves(squares, names):
     return bad
 
 
+def _check_sums(params, accumulate_dtype):
+    """A pipeline sums gradients in the dtype of the parameters; ConfigError where the sum is asked to be finer."""
+    for path, p in params.items():
+        if jnp.finfo(p.dtype).bits < jnp.finfo(accumulate_dtype).bits:
+            raise ConfigError(
+                f"pipeline: gradients of {path} would be summed over micro-batches in {p.dtype}, its own dtype, not in "
+                f"train.accumulate_dtype={accumulate_dtype}. Set model.param_dtype={accumulate_dtype}, or train.accumulate_dtype={p.dtype}."
+            )
+
+
 def _squares(grad, per_layer, sequential_above):
     """The sum of squares of a leaf: one number, or one per layer of a stack."""
 
@@ -138,4 +155,5 @@ def _metrics(sums, scale, grad_norm, squares, lr, micro_batches):
         # Shares of each layer's routed choices, [L, E].
         metrics["moe_load"] = sums.load_LE / jnp.maximum(jnp.sum(sums.load_LE, axis=-1, keepdims=True), 1.0)
         metrics["moe_drop_fraction"] = sums.drop_L / micro_batches
+        metrics["moe_overflow"] = sums.overflow_L
     return metrics

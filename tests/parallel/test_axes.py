@@ -28,7 +28,7 @@ def test_specs_follow_the_rules(devices):
 
 def test_rules_as_typed_on_a_command_line():
     typed = axes.make_rules({"embed": "none", "heads": "tensor, fsdp", "mlp": "default", "vocab": "tensor", "layers": ""})
-    assert typed == axes.make_rules({"embed": None, "heads": ("tensor", "fsdp")}) and hash(typed) is not None
+    assert typed == axes.make_rules({"embed": None, "layers": None, "heads": ("tensor", "fsdp")}) and hash(typed) is not None
 
 
 def test_two_dims_that_want_one_axis_are_refused_with_both_rules(devices):

@@ -1,9 +1,12 @@
 """Axis sizes for a number of devices, and the sentence for sizes that do not fit."""
+import math
+
 import jax
 import pytest
 
 from effmodels.config import ConfigError
 from effmodels.parallel import mesh
+from effmodels.plan import topology
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,26 @@ def test_all_axes_are_there_and_auto():
     assert made.axis_names == mesh.MESH_AXES and made.devices.size == 8 and made.shape["data"] == 4
     assert all(t == jax.sharding.AxisType.Auto for t in made.axis_types)
     assert mesh.make_mesh({}, jax.devices()[:1]).devices.size == 1
+
+
+@pytest.mark.parametrize(
+    "given, slices, want",
+    [({"data": 4}, 2, {"data": 2}), ({"data": 2, "stage": 4}, 4, {"data": 2, "stage": 2}), ({"data": 6, "fsdp": 4}, 3, {"data": 3})],
+)
+def test_only_data_and_stage_cross_slices(given, slices, want):
+    assert mesh.across_slices(mesh.sizes(given, math.prod(given.values())), slices) == {a: want.get(a, 1) for a in mesh.MESH_AXES}
+
+
+def test_slices_that_nothing_may_cross_are_refused():
+    with pytest.raises(ConfigError, match=r"2 slices .* data=1 and stage=1 do not split into 2; make mesh.data a multiple of 2"):
+        mesh.across_slices(mesh.sizes({"data": 1, "fsdp": 8}, 8), 2)
+
+
+@pytest.mark.aot
+def test_each_data_replica_lies_inside_one_slice():
+    """Hybrid sharding: fsdp and tensor inside a slice, data across two of them."""
+    chips = topology.devices("v4", 8, slices=2)
+    made = mesh.make_mesh({"data": 2, "fsdp": 4, "tensor": 2}, chips)
+    for replica in range(2):
+        assert len({d.slice_index for d in made.devices[:, replica].flat}) == 1
+    assert len({d.slice_index for d in made.devices.flat}) == 2

@@ -88,14 +88,6 @@ def test_under_a_mesh_as_without(name, x64):
     assert_trees_close(got, want, rel=1e-12)
 
 
-@pytest.mark.parametrize("op", ["attention", "retention"])
-def test_a_split_sequence_is_refused(op):
-    q = jnp.zeros((2, 8, 4, D))
-    message = rf"{op}: the sequence is split over 4 .* Use mesh.seq=1"
-    with axes.use(mesh.make_mesh({"seq": 4})), pytest.raises(NotImplementedError, match=message):
-        getattr(ops, op)(q, q, q, *([jnp.zeros(4)] if op == "retention" else []))
-
-
 def test_a_batch_that_does_not_divide_says_so():
     message = r"tokens \('batch', 'seq'\): batch=3 cannot be split over 8"
     with axes.use(mesh.make_mesh({"data": 8})), pytest.raises(ConfigError, match=message):
