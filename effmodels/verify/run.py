@@ -1,0 +1,86 @@
+"""All checks of one config, with progress, near ties left out where a token's routing hangs on rounding."""
+import dataclasses
+import time
+
+import jax
+
+from effmodels.config import ConfigError, nearest
+from effmodels.verify import forms, mesh_check, resume, single, ties
+from effmodels.verify.case import Case
+from effmodels.verify.report import Outcome, Report
+
+CHECKS = {
+    "mesh": mesh_check.check,
+    "update": mesh_check.update,
+    "forms": forms.check,
+    "packed": single.packed,
+    "remat": single.remat,
+    "accumulation": single.accumulation,
+    "resume": resume.check,
+    "bf16": single.bfloat16,
+    "dropout": single.dropout,
+}
+EXACT_OR_BANDED = ("update", "resume", "bf16", "forms")  # not helped by leaving rows of the batch out
+
+
+def verify(config, *, devices=None, checks=None, seed=0, compute_dtype="float32", log=print):
+    """`Report` of a run's config (ConfigDict or dict) on `devices` (default: all).
+
+    checks: names of CHECKS, default all. compute_dtype: of both sides, "bfloat16" with the wider bounds of its rounding.
+    Raises ConfigError for a config that does not run on these devices or in this machine's memory.
+    """
+    names = list(CHECKS) if not checks else list(checks)
+    for name in names:
+        if name not in CHECKS:
+            raise ConfigError(f"--checks: unknown check {name!r}.{nearest(name, CHECKS)}")
+    begun = time.perf_counter()
+    devices = jax.devices() if devices is None else list(devices)
+    case = Case(config, devices, seed, compute_dtype)
+    used = ", ".join(f"{a}={n}" for a, n in case.sizes.items() if n > 1) or "one device"
+    log(
+        f"{len(devices)} x {devices[0].device_kind}, mesh {used}, layout {case.mesh.options.layout}; {case.compute_dtype}; "
+        f"{case.one.cost.params:,} parameters; {case.micro_batches} micro-batches of {case.rows} packed rows of {case.user.seq_len}; "
+        f"seed {seed} ({time.perf_counter() - begun:.1f} s)"
+    )
+    outcomes = [run_check(case, name, log) for name in names]
+    setting = {
+        "devices": len(devices), "device_kind": devices[0].device_kind, "mesh": case.sizes,
+        "parallel": dataclasses.asdict(case.mesh.options), "compute_dtype": case.compute_dtype,
+        "rows": case.rows, "micro_batches": case.micro_batches, "seq_len": case.user.seq_len,
+        "parameters": case.one.cost.params, "seed": seed,
+        "rows_left_out": case.left_out, "jax": jax.__version__, "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
+    return Report(setting, outcomes)
+
+
+def run_check(case, name, log):
+    """`Outcome` of one check by name, near ties of expert scores left out; logs its verdict and seconds."""
+    begun = time.perf_counter()
+    outcome = CHECKS[name](case)
+    if not outcome.passed and case.has_experts and name not in EXACT_OR_BANDED:
+        outcome = _without_ties(case, name, outcome)
+    outcome.seconds = time.perf_counter() - begun
+    verdict = f"not done: {outcome.skipped}" if outcome.skipped else "passed" if outcome.passed else "FAILED"
+    log(f"{name:<13}{verdict}  {outcome.seconds:.1f} s")
+    return outcome
+
+
+def _without_ties(case, name, outcome):
+    """The outcome without the rows where a token's choice of experts is a tie up to rounding; the first outcome if that does not help."""
+    whole, left_out, gaps_B = case.batch, case.left_out, ties.least_gaps(case)
+    for least in ties.GAPS:
+        tied_B = gaps_B < least
+        if not tied_B.any() or tied_B.all():
+            continue
+        case.leave_out(tied_B)
+        again = CHECKS[name](case)
+        if again.passed:
+            note = f"{int(tied_B.sum())} rows with a tie of expert scores under {least:g} left out"
+            return Outcome(again.check, [_noted(r, note) for r in again.rows], again.leaves, again.explanations)
+        case.batch, case.left_out = whole, left_out
+        case.forget()
+    return outcome
+
+
+def _noted(r, note):
+    return dataclasses.replace(r, note=f"{r.note}; {note}" if r.note else note)
