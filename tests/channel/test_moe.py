@@ -65,6 +65,7 @@ def test_layer_is_the_dense_one_hot_sum(name, x64):
     load = routed.sum((0, 1))
     assert_close("drop fraction", aux.metrics["moe_drop_fraction"], dropped / load.sum(), rel=1e-6)
     assert_close("MaxVio", aux.metrics["moe_max_violation"], load.max() / load.mean() - 1, rel=1e-6)
+    assert float(aux.metrics["moe_overflow"]) == 0.0
     if name == "softmax":
         squares = np.log(np.exp(x @ params["router"]).sum(-1)) ** 2
         assert_close("z loss", aux.losses["moe_z"], 0.1 * squares[valid].sum(), rel=1e-12)
