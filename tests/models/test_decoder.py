@@ -261,6 +261,7 @@ def test_moe_metrics_and_bias_updates_follow_absolute_layers():
         assert np.array_equal(got, (0.5 if E == 3 else 0.25) * np.sign(load.mean() - load)), f"layer {layer}"
 
 
+@pytest.mark.slow
 def test_states_that_never_fill_go_on():
     """A recurrent state and a whole ring take more than max_len tokens, and still equal the full pass; a ring cut short fills."""
     fields = {"vocab_size": 17, "d_model": 16, "num_layers": 2, "pattern": ("retention", "local"), "compute_dtype": "float32"}

@@ -152,7 +152,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n.startswith("prefix") else pytest.mark.slow) for n in COMPOSED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "seq" else pytest.mark.slow) for n in COMPOSED])
 def test_composed(name, x64):
     sizes, rounds, count, config = COMPOSED[name]
     batch, keys = micro_batches(count, 8 if "seq" in sizes else T), keys_of(count) if config.dropout else None

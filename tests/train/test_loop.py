@@ -115,7 +115,7 @@ def test_accumulation_forms_agree(config, tmp_path):
         assert_close(path, found["loop"][1][path], want, rel=1e-5)
 
 
-MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow)]
+MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8})]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -10,6 +10,7 @@ from tests.verify.cases import EXPERTS_ONLY, tiny
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+@pytest.mark.slow
 def test_every_check_passes():
     lines = []
     report = verify(tiny(MIXED, dropout=0.1, **EXPERTS_ONLY), log=lines.append)

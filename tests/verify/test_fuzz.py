@@ -10,8 +10,8 @@ from effmodels.config import ConfigError
 from effmodels.verify import verify
 from tests.verify.cases import tiny
 
-# Every axis, both mixers, experts, dropout, zigzag, zero1 once; 15, 16 and 19 are refused. About 45 s of one core; the slow ones 12 s each.
-DEFAULT_SEEDS, SLOW_SEEDS = (0, 1, 12, 14, 15, 16, 19, 22), range(1000, 1200)
+# Every axis, both mixers, experts, dropout, zigzag, zero1 once; 15, 16 and 19 are refused. About 35 s of one core; the slow ones 12 s each.
+DEFAULT_SEEDS, SLOW_SEEDS = (0, 12, 15, 16, 19, 22), (1, 14, *range(1000, 1198))
 AXES = ("data", "fsdp", "tensor", "seq", "expert", "stage")
 MIXERS = {
     "attention": [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True}, {"num_heads": 4, "soft_cap": 5.0, "sinks": True}],
