@@ -115,7 +115,7 @@ def optim():
 
 
 def parallel():
-    """How the program is spread over the mesh; nothing here changes what it computes."""
+    """How the program is spread over the mesh; what it computes stays the same (docs/parallel.md)."""
     return ConfigDict(
         {
             "layout": "auto",  # of a row over mesh.seq: contiguous, zigzag, striped; auto: the shortest path for its attention layers

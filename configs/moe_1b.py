@@ -30,7 +30,7 @@ def get_config(arg=None):
     c.train.remat, c.train.accumulate_dtype = "full", "bfloat16"
     c.checkpoint.mode = "sync"
     if arg == "small":
-        c.steps, c.batch_size, c.seq_len = 60, 8, 128
+        c.steps, c.batch_size, c.seq_len = 30, 16, 128
         c.model.vocab_size, c.model.d_model, c.model.num_layers = 2048, 128, 4
         c.model.mixers = {
             "retention": {"num_heads": 4, "head_dim": 32, "value_dim": 64},
@@ -39,8 +39,8 @@ def get_config(arg=None):
         c.model.channels.moe.hidden = 128
         c.expect.params, c.expect.active_params = None, None
         c.data.tokenizer = "bpe:2048"
-        c.optim.warmup_steps, c.train.micro_batch_size = 10, 4
-        c.checkpoint.every_steps = c.eval.every_steps = 30
+        c.optim.warmup_steps, c.train.micro_batch_size = 10, 8
+        c.checkpoint.every_steps = c.eval.every_steps = 15
         c.eval.batches, c.log.every_steps = 4, 5
     elif arg:
         raise ValueError(f"configs/moe_1b.py: unknown argument {arg!r}; expected nothing or 'small'.")

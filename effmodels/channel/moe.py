@@ -96,7 +96,7 @@ class MoE(ChannelMixer):
         w_in = (self.w_in[...], self.w_up[...]) if inputs == 2 else (self.w_in[...],)
         # Decoding has few rows, which a bound in multiples of their mean would not fit.
         y_BTD, overflow = expert_ffn(
-            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, capacity=limit, exact=ctx.mode in ("prefill", "step"),
+            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, capacity=limit, exact=ctx.mode != "train",
             return_overflow=True, implementation=self.env.implementation,
         )  # fmt: skip
         if c.shared_experts:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from effmodels.channel.routers import updated_bias
+from effmodels.config import ConfigError
 from effmodels.layers import head
 from effmodels.layers.context import Ctx, dropout
 from effmodels.layers.norms import NORMS
@@ -97,7 +98,8 @@ class Decoder(nnx.Module):
 
         Everything [B, T] is in the layout in force (`parallel.options`), in which the data path puts it; so is the result.
         """
-        ctx_fields = {"layout": _layout()} | ctx_fields
+        if ctx_fields.setdefault("layout", _layout()) != _layout():
+            raise ValueError(f"layout={ctx_fields['layout']!r}, but the layout in force is {_layout()!r}; say it by `parallel.options`.")
         if staged.stages() > 1:
             return self._staged_hidden(tokens_BT, ctx_fields)
         ctx = Ctx(**ctx_fields)
@@ -187,6 +189,7 @@ class Decoder(nnx.Module):
 
         valid_BT: False for padding, left, right or inside. positions_BT: for rotary; default: the number of valid tokens before each.
         """
+        _check_whole_rows()
         B, T = tokens_BT.shape
         valid = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
         before_BT = state.length_B[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
@@ -201,6 +204,7 @@ class Decoder(nnx.Module):
 
     def step(self, tokens_B, state, active_B=None):
         """(logits_BV, state) after one more token; rows that are not active keep their state."""
+        _check_whole_rows()
         self._check_room(state, 1 if active_B is None else active_B)
         active = jnp.ones(tokens_B.shape, bool) if active_B is None else active_B
         ctx = self._decode_ctx(state.length_B[:, None], active[:, None], None, "step")
@@ -252,6 +256,14 @@ class Decoder(nnx.Module):
         # muP (arXiv:2203.03466, table 8: std 1, multiplier 1/width), for a head drawn with std width^-1/2 and its rate scaled accordingly.
         c = self.config
         return 1.0 if c.mup_base_width is None else (c.mup_base_width / c.d_model) ** 0.5
+
+
+def _check_whole_rows():
+    if shards("seq") > 1:
+        raise ConfigError(
+            "decoding: rows of a few tokens cannot be split over a sequence axis; enter axes.use(mesh, axes.decode_rules(rules)), whose "
+            "table splits none."
+        )
 
 
 def _layout():

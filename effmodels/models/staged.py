@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effmodels.config import ConfigError
 from effmodels.layers.context import Ctx
 from effmodels.parallel import options, pipeline
 from effmodels.parallel.axes import shards
@@ -58,7 +59,10 @@ def total(tree, counted_Ks):
 
 def rows_as_micro_batches(batch, limit):
     """The batch as arrays [M, B / M, T], rows dealt out so that every device keeps its own; M <= limit, as large as the rows allow."""
-    rows = jax.tree.leaves(batch)[0].shape[0] // shards("batch")
+    whole = jax.tree.leaves(batch)[0].shape[0]
+    if whole % shards("batch"):
+        raise ConfigError(f"pipeline: {whole} rows cannot be split over {shards('batch')} devices (rules.batch); give a multiple of that.")
+    rows = whole // shards("batch")
     count = max(m for m in range(1, rows + 1) if rows % m == 0 and m <= max(1, limit))
     return {n: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1) for n, a in batch.items()}
 

@@ -129,8 +129,12 @@ def shards(dim, *, mesh=None, rules=None):
     mesh = mesh or current_mesh()
     if mesh is None:
         return 1
-    rules = current_rules() if rules is None else dict(rules)
-    return math.prod(mesh.shape[a] for a in as_tuple(rules.get(dim)) if a in mesh.shape)
+    return parts(dim, mesh.shape, current_rules() if rules is None else rules)
+
+
+def parts(dim, sizes, rules):
+    """Into how many pieces a dim is split by axes of these sizes, {axis: size}."""
+    return math.prod(sizes[a] for a in as_tuple(dict(rules).get(dim)) if a in sizes)
 
 
 def shard(x, *dim_names):

@@ -17,7 +17,7 @@ from effmodels.config import ConfigError, build
 MODES = ("auto", "on", "off")
 _GRACE = 60  # seconds by which the runtime's own limit is later than ours
 # Variables in which a scheduler says how many processes there are.
-_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclasses.dataclass(frozen=True)

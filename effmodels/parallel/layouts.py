@@ -82,17 +82,18 @@ def balance(layout, length, pieces, window=None):
     return total / (pieces * critical_path(layout, length, pieces, window))
 
 
-def choose(windows, length, pieces, allowed=LAYOUTS):
+def choose(windows, lengths, pieces, allowed=LAYOUTS):
     """The allowed layout whose ring has the shortest path over all attention layers.
 
-    windows: one entry per attention layer, None = all keys. Ties, and a model without attention, take
-    "contiguous". Striped stays a choice by name: its pairs are well balanced, but every block of them is masked, and a window still needs
-    every step of the ring.
+    windows: one entry per attention layer, None = all keys. lengths: those of all rows of a run; the last one counts, all must divide.
+    Ties, and a model without attention, take "contiguous". Striped stays a choice by name: its pairs are well balanced, but every
+    block of them is masked, and a window still needs every step of the ring.
     """
-    fits = [name for name in ("contiguous", "zigzag") if name in allowed and length % (2 * pieces if name == "zigzag" else pieces) == 0]
+    divides = {"contiguous": pieces, "zigzag": 2 * pieces}
+    fits = [name for name, parts in divides.items() if name in allowed and all(length % parts == 0 for length in lengths)]
     if pieces == 1 or not windows or not fits:
         return "contiguous"
-    return min(fits, key=lambda name: sum(critical_path(name, length, pieces, w) for w in windows))
+    return min(fits, key=lambda name: sum(critical_path(name, lengths[-1], pieces, w) for w in windows))
 
 
 @functools.lru_cache(64)

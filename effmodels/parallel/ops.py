@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
+from effmodels.config import ConfigError
 from effmodels.parallel import axes, layouts, options, ring, state_passing, ulysses
 from pallas_kernels import dispatch
 from pallas_kernels.target import target
@@ -72,8 +73,8 @@ def attention(
 ):  # fmt: skip
     """`pallas_kernels.flash_attention` with batch, heads and time split by the rules; [B, T, N, P] in q's dtype.
 
-    Where the tensor axis does not divide the kv heads, they are repeated until it does. Over a split sequence the form of
-    `parallel.attention` runs: a ring, all keys gathered, or an exchange of heads. No positions: those of the layout in force.
+    Where the tensor axis does not divide the kv heads (with rules.kv_heads=none), they are repeated until it does. Over a split sequence
+    the form of `parallel.attention` runs: a ring, all keys gathered, or an exchange of heads. No positions: those of the layout in force.
     """
     pieces, kv_heads = axes.shards("act_heads"), k_BSKH.shape[2]
     if kv_heads % pieces:
@@ -89,7 +90,12 @@ def attention(
             return SPLIT_TIME_ATTENTION[form](q, k, v, axis=seq_axes(), layout=options.current().layout, **rest, **attention_options)
         return pallas_kernels.flash_attention(q, k, v, **rest, **attention_options)
 
-    key_time = "seq" if form in SPLIT_TIME_ATTENTION else "kv_seq"
+    key_time = "seq" if form in SPLIT_TIME_ATTENTION else None
+    if axes.shards("kv_seq") > 1:
+        raise ConfigError(
+            "rules.kv_seq: no form of attention joins keys that are split on their own; use rules.kv_seq=none (rules.seq with "
+            "parallel.attention=ring splits queries and keys)."
+        )
     heads, rows, key_rows = ("batch", "seq", "act_heads", None), ("batch", "seq"), ("batch", key_time)
     key_heads = ("batch", key_time, "act_heads", None)
     if form is not None:  # queries and keys of one shard are of different tokens: both sides need their own

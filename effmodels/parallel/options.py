@@ -1,6 +1,6 @@
 """How a program is spread over a mesh, besides which axis splits which dim: one frozen record, in force like the rules are.
 
-Nothing here changes what is computed, only where and in which order; a test of every choice compares it with one device.
+What is computed stays the same, only where and in which order changes; a test of every choice compares it with one device.
 """
 import dataclasses
 

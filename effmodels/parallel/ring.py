@@ -28,7 +28,7 @@ def attend(q_BTNH, k_BSKH, v_BSKP, *, axis, layout, sinks=None, segment_ids=None
 
     Args:
       axis: the mesh axes that split time, as a tuple of names.
-      layout: which tokens a shard holds (`layouts`); a window visits no more shifts than it needs there.
+      layout: which tokens a shard holds (`layouts`); without `positions` a window visits no more shifts than it needs there.
       positions, kv_positions: int32 [B, T], [B, S], which travel with the keys. None: those of the layout, which nobody needs to send.
       options: logits_soft_cap, scale, implementation, interpret.
 
@@ -43,16 +43,16 @@ def attend(q_BTNH, k_BSKH, v_BSKP, *, axis, layout, sinks=None, segment_ids=None
     if (positions is None) != (kv_positions is None) or (segment_ids is None) != (kv_segment_ids is None):
         raise ValueError("ring attention: positions and kv_positions, segment_ids and kv_segment_ids come in pairs; give both or neither.")
     mask = {"is_causal": is_causal, "local_window_size": local_window_size}
-    ring = _Ring(axis, n, layout, _shifts(layout, n, T, S, **mask), positions is None, mask, options)
+    ring = _Ring(axis, n, layout, _shifts(layout, n, T, S, placed=positions is None, **mask), positions is None, mask, options)
     rows = {"segment_ids": segment_ids, "positions": positions}
     keys = {"kv_segment_ids": kv_segment_ids, "kv_positions": kv_positions}
     present = lambda x: {name: a for name, a in x.items() if a is not None}  # noqa: E731
     return _attend(ring, q_BTNH, k_BSKH, v_BSKP, sinks, present(rows), present(keys))
 
 
-def _shifts(layout, n, T, S, is_causal, local_window_size):
-    """The shifts to visit, 0 first. What is not causal sees both ways."""
-    if local_window_size is None or T != S:
+def _shifts(layout, n, T, S, placed, is_causal, local_window_size):
+    """The shifts to visit, 0 first. What is not causal sees both ways; of positions that somebody gave nothing is known beforehand."""
+    if local_window_size is None or T != S or not placed:
         return tuple(range(n))
     causal = layouts.shifts(layout, n * T, n, local_window_size)
     return causal if is_causal else tuple(sorted({*causal, *(-s % n for s in causal)}))

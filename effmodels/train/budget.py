@@ -11,6 +11,7 @@ from effmodels.models import cost
 BYTES_PER_GB = 1e9
 # Share of the measured matmul peak (CPU) or of the chip's bf16 peak that a step is assumed to reach in the first estimate.
 ASSUMED_SHARE = 0.5
+UNKNOWN_PEAK = 1e11  # FLOP/s of a device whose peak nobody recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ def flops_per_second(peak):
     """The rate that the first estimate assumes: a share of the peak of all local devices, measured by a matmul where no peak is known."""
     if peak is not None:
         return ASSUMED_SHARE * peak * jax.local_device_count()
+    if jax.process_count() > 1:  # what is measured differs from process to process, and what follows from it must not
+        return ASSUMED_SHARE * UNKNOWN_PEAK * jax.local_device_count()
     return ASSUMED_SHARE * measured_matmul_rate()
 
 

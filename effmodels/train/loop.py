@@ -265,20 +265,20 @@ class Run:
     def _claim_workdir(self, config):
         """Writes run.json, or checks that the one there is of the same run."""
         path, identity = self.workdir / RUN_FILE, self.config.identity()
-        if jax.process_index() > 0:
-            _wait_for_all("run.json")  # process 0 writes it
-        if path.exists():
+        refusal = None
+        if jax.process_index() == 0 and path.exists():
             differences = _differences(json.loads(path.read_text())["identity"], identity)
             if differences:
-                raise ConfigError(
+                refusal = (
                     f"{self.workdir} holds a run with another config: {'; '.join(differences[:5])}. "
                     "Give another --workdir, or the config of that run."
                 )
+        if _of_process_0(refusal is not None):
+            raise ConfigError(refusal or f"process 0 refuses {self.workdir}; its message says why.")
         if jax.process_index() == 0:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"identity": identity, "config": jsonable(config), "versions": versions(), "command": sys.argv}
             path.write_text(json.dumps(record, indent=1, default=str))
-            _wait_for_all("run.json")
 
     def _print_plan(self):
         setup, c = self.setup, self.config
@@ -387,11 +387,13 @@ def _sum_over_processes(values, parts):
     return float(np.sum(multihost_utils.process_allgather(np.float64(total)))) * parts / jax.process_count()
 
 
-def _wait_for_all(what):
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def _of_process_0(flag):
+    """What process 0 says, on every process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(what)
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def _main_thread():

@@ -124,11 +124,17 @@ class RunConfig:
     def mesh_sizes(self, num_devices):
         """Axis sizes on this many devices; ConfigError when a micro-batch cannot be split over them."""
         sizes = mesh.sizes(self.mesh, num_devices)
-        rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        rules = axes.make_rules(self.rules)
+        rows, over = axes.parts("batch", sizes, rules), " and ".join(", ".join(axes.as_tuple(dict(rules)["batch"])).rsplit(", ", 1))
+        if axes.parts("kv_seq", sizes, rules) > 1:
+            raise ConfigError(
+                f"config.rules.kv_seq={dict(rules)['kv_seq']!r}: no form of attention joins keys that are split on their own; use "
+                "rules.kv_seq=none, and rules.seq with parallel.attention=ring to split queries and keys."
+            )
         for name, size in (("batch_size", self.batch_size), ("train.micro_batch_size", self.train.micro_batch_size)):
             if size is not None and size % rows:
                 raise ConfigError(
-                    f"config: {name}={size} cannot be split over the {rows} devices of the mesh's data, fsdp and expert axes; "
+                    f"config: {name}={size} cannot be split over the {rows} devices of the mesh's {over} axes; "
                     f"nearest: {' or '.join(map(str, sorted({max(rows, size // rows * rows), -(-size // rows) * rows})))}."
                 )
         return sizes

@@ -59,6 +59,8 @@ class Setup:
         self.sizes = c.mesh_sizes(len(self.devices))
         self.rules = axes.make_rules(c.rules)
         self.mesh = meshes.make_mesh(self.sizes, self.devices)
+        self.pieces = axes.shards("seq", mesh=self.mesh, rules=self.rules)  # of a row
+        self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
         self.options = self._resolve_options()
         self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
         _, self.abstract_params, self.abstract_buffers = model_state.split(self.model)
@@ -69,7 +71,6 @@ class Setup:
         self.cost = cost(c.model, c.seq_len)
         self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
         self.data_part = self._data_part()
-        self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
         self.ramp = schedules.BatchRamp(
             c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths,
             unit=c.train.batch_ramp_unit,
@@ -135,7 +136,7 @@ class Setup:
         one = isinstance(batches, dict)
         sharding = self._batch_sharding(stacked=not one)
         local = {k: batches[k] if one else np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}
-        local = {k: layouts.to_layout(a, self.options.layout, self.sizes["seq"], axis=-1) for k, a in local.items()}
+        local = {k: layouts.to_layout(a, self.options.layout, self.pieces, axis=-1) for k, a in local.items()}
         first, rows = self.data_part[0] * self.micro_batch // self.data_part[1], self.micro_batch
 
         def array(a):
@@ -155,12 +156,12 @@ class Setup:
             count, rounds = c.batch_size // self.micro_batch, self.options.rounds
             idle = pipeline.bubble_share(self.stages, count, rounds)
             lines.append(f"pipeline: {self.stages} stages x {rounds} rounds, {count} micro-batches, {idle:.1%} of the slots idle")
-        if self.sizes["seq"] > 1:
+        if self.pieces > 1:
             windows = {m.config.window for m in self._mixers() if hasattr(m.config, "window")}
-            shares = {w: layouts.balance(self.options.layout, c.seq_len, self.sizes["seq"], w) for w in sorted(windows, key=str)}
+            shares = {w: layouts.balance(self.options.layout, c.seq_len, self.pieces, w) for w in sorted(windows, key=str)}
             where = {w: "with all keys" if w is None else f"in a window of {w}" for w in shares}
             each = [f"{share:.0%} of the devices at work {where[w]}" for w, share in shares.items()]
-            lines.append("; ".join([f"sequence: {self.sizes['seq']} parts, {self.options.layout}, {self.options.attention}", *each]))
+            lines.append("; ".join([f"sequence: {self.pieces} parts, {self.options.layout}, {self.options.attention}", *each]))
         return lines
 
     def part(self):
@@ -204,7 +205,7 @@ class Setup:
         return step.init_state(functools.partial(_build, self.config.model), self.optimizer, key)
 
     def _auto_micro_batch(self):
-        c, rows = self.config, self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
+        c, rows = self.config, axes.parts("batch", self.sizes, self.rules)
         large = self.platform == "cpu" and self.cost.params > LARGE_MODEL
         tokens = MICRO_TOKENS_LARGE if large else MICRO_TOKENS.get(self.platform, MICRO_TOKENS["gpu"])
         most = max(rows, tokens // c.seq_len * rows)
@@ -213,7 +214,7 @@ class Setup:
             most = max(rows, min(most, *(b // (MICRO_BATCHES_PER_STAGE * self.stages) for b in sizes)))
         fitting = [n for n in range(rows, most + 1, rows) if all(b % n == 0 for b in sizes)]
         if not fitting:
-            raise ConfigError(f"config: batch sizes {sizes} do not divide by the {rows} devices of the mesh's data, fsdp and expert axes.")
+            raise ConfigError(f"config: batch sizes {sizes} do not divide by the {rows} devices that rules.batch splits rows over.")
         return fitting[-1]
 
     def _choose_accumulation(self):
@@ -236,7 +237,7 @@ class Setup:
 
     def _resolve_options(self):
         """The run's `parallel` options with the layout chosen; ConfigError when a row does not divide or a mixer cannot follow it."""
-        c, pieces = self.config, axes.shards("seq", mesh=self.mesh, rules=self.rules)
+        c, pieces = self.config, self.pieces
         if pieces == 1:
             return dataclasses.replace(c.parallel, layout="contiguous")
         mixers = self._mixers()
@@ -244,15 +245,15 @@ class Setup:
         layout = c.parallel.layout
         if layout == "auto":
             windows = tuple(m.config.window for m in mixers if hasattr(m.config, "window"))
-            layout = layouts.choose(windows, c.seq_len, pieces, allowed)
+            layout = layouts.choose(windows, [stage.seq_len for stage in self.lengths.stages], pieces, allowed)
         if layout not in allowed:
             refusing = sorted({m.name for m in mixers if layout not in m.cls.layouts})
             raise ConfigError(
                 f"config.parallel.layout={layout!r}: the mixers {', '.join(refusing)} are not right in that order (what passes a state "
                 f"from token to token needs neighbours on one device). Use one of {', '.join(allowed)}."
             )
-        for length in {stage[1] for stage in c.train.length_stages} | {c.seq_len}:
-            layouts.order(layout, length, pieces)
+        for stage in self.lengths.stages:
+            layouts.order(layout, stage.seq_len, pieces)
         return dataclasses.replace(c.parallel, layout=layout)
 
     def _mixers(self):

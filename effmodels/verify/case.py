@@ -17,6 +17,7 @@ from flax import nnx
 from effmodels.config import ConfigError
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
+from effmodels.parallel import axes
 from effmodels.parallel import mesh as meshes
 from effmodels.train import step as train_step
 from effmodels.train.run_config import RunConfig
@@ -228,7 +229,7 @@ class Case:
 
     def _rows(self):
         """(rows of a micro-batch, micro-batches): as few as the mesh can split."""
-        split = math.prod(self.sizes[a] for a in ("data", "fsdp", "expert"))
+        split = axes.parts("batch", self.sizes, axes.make_rules(self.user.rules))
         stages = self.sizes["stage"]
         return split * -(-4 // split), stages + 1 if stages > 1 else 1  # a count that the stages do not divide
 

@@ -11,7 +11,7 @@ from effmodels.train.state import TrainState
 from effmodels.train.step import Sums as StepSums
 from effmodels.verify import case as cases
 from effmodels.verify import compare, draw
-from effmodels.verify.report import Outcome, row
+from effmodels.verify.report import LOADS, Outcome, row
 
 UPDATE = 1e-3  # of an update from equal gradients: statistics over a whole array add in another order
 
@@ -36,7 +36,7 @@ def compare_sums(outcome, case, got, want):
     name = outcome.check
     add = outcome.rows.append
     if want.load_LE is not None:
-        add(row(name, "tokens per layer and expert", np.sum(np.asarray(got.load_LE) != np.asarray(want.load_LE)), 0, "numbers that differ"))
+        add(row(name, LOADS, np.sum(np.asarray(got.load_LE) != np.asarray(want.load_LE)), 0, "numbers that differ"))
     add(row(name, "cross entropy", compare.relative(got.ce_sum, want.ce_sum), case.bounds.loss))
     add(row(name, "target tokens", abs(got.weight_sum - want.weight_sum), 0))
     for n in want.losses:
@@ -144,7 +144,7 @@ def sum_of(sums):
 
 def _unpermuted(case, got, batches):
     """Whether one of the batch's arrays was left in the order of the row while the others were put in the layout."""
-    layout, pieces = case.mesh.options.layout, case.sizes["seq"]
+    layout, pieces = case.mesh.options.layout, case.mesh.pieces
     if layout == "contiguous" or pieces == 1:
         return []
     for key in draw.KEYS:
@@ -166,7 +166,7 @@ def _where(case):
     wrong = valid & ~(np.abs(got_BT - want_BT) <= 1e-4 * (1 + np.abs(want_BT)))
     if not wrong.any():
         return []
-    T, pieces, layout = wrong.shape[1], case.sizes["seq"], case.mesh.options.layout
+    T, pieces, layout = wrong.shape[1], case.mesh.pieces, case.mesh.options.layout
     parts = pieces * (2 if layout == "zigzag" else 1)
     first = {b: int(np.argmax(wrong[b])) for b in np.flatnonzero(wrong.any(axis=1))}
     b, t = min(first.items(), key=lambda item: item[1])
@@ -190,7 +190,7 @@ def _token_losses(case):
     params, buffers = case.placed(setup)
     with setup.context():
         ce_BT = jax.device_get(program(params, buffers, setup.put(case.batch)))
-    return layouts.from_layout(ce_BT, setup.options.layout, case.sizes["seq"])
+    return layouts.from_layout(ce_BT, setup.options.layout, setup.pieces)
 
 
 def update(case):

@@ -20,6 +20,8 @@ def unsupported(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
     widest = max(query_BTNH.shape[3], value_BSKP.shape[3])
     if widest > MAX_HEAD_DIM:
         return f"head dim {widest} is above {MAX_HEAD_DIM}, what the registers of two warpgroups hold"
+    if spec.out_dtype is not None and jnp.dtype(spec.out_dtype) != query_BTNH.dtype:
+        return f"the output is written in {query_BTNH.dtype}, and {jnp.dtype(spec.out_dtype)} was asked for"
     return gpu.unsupported_dtype(query_BTNH.dtype) or gpu.unsupported_here()
 
 

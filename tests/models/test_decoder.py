@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effmodels.config import ModelConfig
+from effmodels.config import ConfigError, ModelConfig
 from effmodels.models import Decoder
 from effmodels.models import state as model_state
+from effmodels.parallel import axes, mesh
+from effmodels.parallel.options import Options
 from tests.contract.cases import fill, jit, loss_and_grads, packed_batch
 from tests.numerics import assert_close, assert_trees_close, relative_rms
 
@@ -273,3 +275,20 @@ def test_states_that_never_fill_go_on():
     assert_close("logits", logits, model(tokens)[:, 8:], rel=1e-5)
     with pytest.raises(ValueError, match="holds max_len=3"):
         model.prefill(tokens, model.init_state(1, 3))
+
+
+def test_decoding_over_a_split_sequence_is_refused_and_its_own_rules_are_right():
+    """Whole rows are split over seq; a few new tokens are not, and the layout of the rows is not theirs."""
+    fields = {"vocab_size": 17, "d_model": 16, "num_layers": 2, "pattern": ("retention", "attention"), "compute_dtype": "float32"}
+    model = Decoder(fields | {"mixers": {n: {"num_heads": 2} for n in ("retention", "attention")}}, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(16).reshape(2, 8) % 17
+    want = model.prefill(tokens, model.init_state(2, 8))[0]
+    devices, zigzag = mesh.make_mesh({"data": 2, "seq": 4}), Options(layout="zigzag")
+    with axes.use(devices, None, zigzag), pytest.raises(ConfigError, match="decoding: rows of a few tokens cannot be split"):
+        model.prefill(tokens, model.init_state(2, 8))
+    with axes.use(devices, axes.decode_rules(), zigzag):
+        assert_close("logits", model.prefill(tokens, model.init_state(2, 8))[0], want, rel=1e-5)
+    with axes.use(devices, None, zigzag):
+        assert_close("logits of whole rows", model(tokens), want, rel=1e-5)
+        with pytest.raises(ValueError, match="the layout in force is 'zigzag'"):
+            model.hidden(tokens, layout="contiguous")

@@ -89,12 +89,12 @@ def test_balance():
 
 
 def test_the_choice():
-    T = 4096
+    T = [1024, 4096]
     assert layouts.choose([None], T, 8) == "zigzag"
     assert layouts.choose([255] * 3, T, 8) == "contiguous"
     assert layouts.choose([None] + [255] * 3, T, 8) == "zigzag"
     assert layouts.choose([], T, 8) == layouts.choose([None], T, 1) == "contiguous"
-    assert layouts.choose([None], 8 * 3, 8) == "contiguous", "a row that 16 parts do not divide"
+    assert layouts.choose([None], [8 * 3, 4096], 8) == "contiguous", "a row that 16 parts do not divide"
     assert layouts.choose([None], T, 8, allowed=("contiguous",)) == "contiguous"
 
 

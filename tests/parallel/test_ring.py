@@ -294,3 +294,23 @@ def test_refusals():
         run("ring", positions=jnp.zeros((1, 2), jnp.int32))
     with pytest.raises(ValueError, match=r"lse_BTN must have shape \(1, 8, 6\)"):
         pallas_kernels.flash_attention_grads(q, k, k, jnp.zeros((1, 8)), jnp.zeros((1, 8, 6)), q)
+
+
+def test_a_window_counts_the_positions_that_are_given(x64):
+    """Padding inside a row makes positions lag behind slots: keys of a far shard are near."""
+    T, n = 32, 4
+    arrays, _, _ = case(T)
+    valid = (np.arange(T) < 4) | (np.arange(T) > 23)
+    positions = np.broadcast_to(np.cumsum(valid) - valid, (2, T)).astype(np.int32)
+    ids = {"segment_ids": np.broadcast_to(valid, (2, T)).astype(np.int32), "positions": positions}
+    q, k, v, _ = arrays
+    want = pallas_kernels.flash_attention(q, k, v, local_window_size=5, implementation="reference", **ids)
+    with axes.use(mesh.make_mesh({"seq": n}, jax.devices()[:n]), None, Options(layout="contiguous")):
+        got = jit(lambda q, k, v: ops.attention(q, k, v, local_window_size=5, implementation="xla", **ids))(q, k, v)
+    assert_close("out", got, want, rel=1e-11)
+
+
+def test_keys_that_are_split_on_their_own_are_refused():
+    q = jnp.zeros((1, 8, 2, 4))
+    with axes.use(mesh.make_mesh({"seq": 8}), {"kv_seq": "seq", "seq": None}), pytest.raises(ConfigError, match="rules.kv_seq: no form"):
+        ops.attention(q, q, q)

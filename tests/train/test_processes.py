@@ -161,7 +161,7 @@ def test_a_pod_whose_processes_have_not_joined_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "variables, several",
-    [({}, False), ({"SLURM_NTASKS": "1"}, False), ({"SLURM_NTASKS": "4"}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    [({}, False), ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "4"}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
      ({"TPU_WORKER_HOSTNAMES": "localhost"}, False), ({"TPU_WORKER_HOSTNAMES": "a,b"}, True), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True)],
 )  # fmt: skip
 def test_what_the_surroundings_say(variables, several, monkeypatch):

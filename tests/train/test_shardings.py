@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from effmodels.config import ConfigError
+from effmodels.parallel import layouts
 from effmodels.train import budget
 from effmodels.train.setup import DEVICE_KEYS, Setup
 
@@ -28,13 +29,17 @@ CASES = {
 
 @functools.cache
 def setup(case, **parallel):
-    name, _, arg = case.split()[0].partition(":")
+    return made(case.split()[0], **CASES[case] | {"parallel": CASES[case].get("parallel", {}) | parallel})
+
+
+def made(config, mesh, rules=None, parallel=None):
+    """The Setup of 8 rows of a config on 8 devices."""
+    name, _, arg = config.partition(":")
     config = importlib.import_module(f"configs.{name}").get_config(arg)
     config.batch_size, config.train.micro_batch_size = 8, 8
-    for section in ("mesh", "rules", "parallel"):
-        config[section].update(CASES[case].get(section, {}))
-    config.mesh.data = CASES[case]["mesh"].get("data", 1)
-    config.parallel.update(parallel)
+    config.mesh.update({"data": 1} | mesh)
+    config.rules.update(rules or {})
+    config.parallel.update(parallel or {})
     return Setup(config, lambda *_: None)
 
 
@@ -89,8 +94,17 @@ def test_the_layout_is_chosen_by_the_attention_layers_and_the_batch_is_put_in_it
     np.testing.assert_array_equal(run.put([rows, rows])["tokens"][1], rows["tokens"][:, order])
 
 
+def test_a_row_is_split_by_the_rules_not_by_the_axis_of_that_name():
+    rules = {"seq": "seq,tensor", "act_heads": "none", "act_mlp": "none"}
+    run = made("quickstart:test", {"data": 2, "seq": 2, "tensor": 2}, rules, {"layout": "zigzag"})
+    rows = {k: np.arange(8 * 64, dtype=np.int32).reshape(8, 64) for k in DEVICE_KEYS}
+    np.testing.assert_array_equal(run.put(rows)["tokens"][0], layouts.order("zigzag", 64, 4))
+
+
 def test_a_layout_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"layout='striped': the mixers retention are not right in that order .* contiguous, zigzag"):
         setup("quickstart:test data=2 expert=2 seq=2", layout="striped")
+    with pytest.raises(ConfigError, match=r"rules.kv_seq='seq': no form of attention joins keys"):
+        made("quickstart:test", {"data": 4, "seq": 2}, {"seq": "none", "kv_seq": "seq"})
     with pytest.raises(ConfigError, match=r"parallel.layout: unknown 'zig'. Did you mean 'zigzag'\?"):
         setup("quickstart:test data=2 expert=2 seq=2", layout="zig")

@@ -11,7 +11,8 @@ from effmodels.verify import verify
 from tests.verify.cases import tiny
 
 # Every axis, both mixers, experts, dropout, zigzag, zero1 once; 15, 16 and 19 are refused. About 35 s of one core; the slow ones 12 s each.
-DEFAULT_SEEDS, SLOW_SEEDS = (0, 12, 15, 16, 19, 22), (1, 14, *range(1000, 1198))
+DEFAULT_SEEDS, SLOW_SEEDS = (0, 12, 15, 22), (1, 14, 16, 19, *range(1000, 1196))
+REFUSED = (15, 16, 19)
 AXES = ("data", "fsdp", "tensor", "seq", "expert", "stage")
 MIXERS = {
     "attention": [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True}, {"num_heads": 4, "soft_cap": 5.0, "sinks": True}],
@@ -77,7 +78,7 @@ def check(seed):
 
 @pytest.mark.parametrize("seed", DEFAULT_SEEDS)
 def test_random_composition(seed):
-    check(seed)
+    assert check(seed) == ("refused" if seed in REFUSED else "verified")
 
 
 @pytest.mark.slow
