@@ -71,6 +71,16 @@ def _expert_axes():
     return () if mesh is None else tuple(a for a in axes.as_tuple(rules["expert"]) if mesh.shape.get(a, 1) > 1)
 
 
+def room(batch, time, k, num_experts, capacity=None):
+    """(form, rows that each pair of shards has room for, rows of the worst case) for a batch of this size under the mesh in force.
+
+    None where no token travels: experts that are not split, or parallel.experts="gather".
+    """
+    over = _expert_axes()
+    way = _way(over, (batch, time), k, num_experts, capacity, exact=False) if over else None
+    return None if way is None else (way.form, way.rows, _way(over, (batch, time), k, num_experts, capacity, exact=True).rows)
+
+
 def _way(over, shape, k, num_experts, capacity, exact):
     """The _Way of a batch of this shape over these mesh axes; None: the weights travel."""
     mesh, rules, chosen = axes.current_mesh(), axes.current_rules(), options.current()

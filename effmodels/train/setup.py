@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effmodels import data
+from effmodels.channel.moe import capacity
 from effmodels.config import ConfigError
 from effmodels.layers.param import ParamInfo
 from effmodels.models import Decoder, cost
@@ -23,6 +24,7 @@ from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, distributed, layouts, ops, pipeline
 from effmodels.parallel import mesh as meshes
+from effmodels.parallel.expert import room
 from effmodels.train import budget, metrics, optim, schedules, step
 from effmodels.train.run_config import RunConfig
 from effmodels.train.state import TrainState
@@ -162,6 +164,22 @@ class Setup:
             where = {w: "with all keys" if w is None else f"in a window of {w}" for w in shares}
             each = [f"{share:.0%} of the devices at work {where[w]}" for w, share in shares.items()]
             lines.append("; ".join([f"sequence: {self.pieces} parts, {self.options.layout}, {self.options.attention}", *each]))
+        return lines + self._exchanges()
+
+    def _exchanges(self):
+        """What travels to experts on other devices, for each kind of MoE layer."""
+        c, lines = self.config, []
+        width = c.model.d_model * jnp.dtype(c.model.compute_dtype).itemsize
+        for part in dict.fromkeys(kind.channel for kind in resolve(c.model).layers if kind.channel.cls.reports_load):
+            e, parts = part.config, axes.shards("expert", mesh=self.mesh, rules=self.rules)
+            with self.context():
+                found = room(self.micro_batch, c.seq_len, e.top_k, e.num_experts, e.capacity_factor and capacity(e, c.seq_len))
+            if found:
+                form, rows, worst = found
+                lines.append(
+                    f"{part.name}: {e.num_experts} experts on {parts} devices, {form}; each pair of them has room for {rows:,} rows "
+                    f"(worst case {worst:,}), {rows * parts * width / 1e6:,.1f} MB of buffer per device and direction"
+                )
         return lines
 
     def part(self):

@@ -34,16 +34,17 @@ MOST_OF_MEMORY = 0.8
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """Relative errors between two runs that add in other orders. A leaf may differ by `slack` times what changing every parameter by up to
-    `perturbation` does to it, where that is more than `gradient`, and by `most` at the most."""
+    `perturbation` does to it, where that is more than `gradient`, and by `most` at the most; auxiliary losses likewise (`most_loss`)."""
 
     loss: float
     gradient: float
     perturbation: float
     slack: float
     most: float
+    most_loss: float
 
 
-BOUNDS = {"float32": Bounds(1e-5, 1e-5, 2.0**-21, 10.0, 1e-2), "bfloat16": Bounds(1e-2, 0.05, 2.0**-8, 3.0, 0.5)}
+BOUNDS = {"float32": Bounds(1e-5, 1e-5, 2.0**-21, 10.0, 1e-2, 1e-4), "bfloat16": Bounds(1e-2, 0.05, 2.0**-8, 3.0, 0.5, 2e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +167,22 @@ class Case:
         Measured on the reference, by two runs with every parameter changed in its last bits.
         """
         if "allowed" not in self._results:
-            want, found = self.reference().grads, {}
+            want, found, losses = self.reference(), {}, {}
             for params in self.perturbed():
-                for leaf in compare.compare(self.reference(params=params).grads, want, 1.0):
+                near = self.reference(params=params)
+                for leaf in compare.compare(near.grads, want.grads, 1.0):
                     allowed = min(self.bounds.most, self.bounds.slack * leaf.error)
                     found[leaf.name] = max(found.get(leaf.name, 0.0), allowed)
-            self._results["allowed"] = found
+                for name, value in want.losses.items():
+                    allowed = min(self.bounds.most_loss, self.bounds.slack * compare.relative(near.losses[name], value))
+                    losses[name] = max(losses.get(name, 0.0), allowed)
+            self._results["allowed"], self._results["allowed_losses"] = found, losses
         return self._results["allowed"]
+
+    def loss_bound(self, name):
+        """The relative error that an auxiliary loss may have: as of gradients, the bound or what rounding explains."""
+        self.allowed()
+        return max(self.bounds.loss, self._results["allowed_losses"].get(name, 0.0))
 
     def perturbed(self, relative=None, count=2):
         """The parameters of the reference with every value changed by up to `relative` (default: a few last bits), `count` times."""

@@ -40,7 +40,7 @@ def compare_sums(outcome, case, got, want):
     add(row(name, "cross entropy", compare.relative(got.ce_sum, want.ce_sum), case.bounds.loss))
     add(row(name, "target tokens", abs(got.weight_sum - want.weight_sum), 0))
     for n in want.losses:
-        add(row(name, n, compare.relative(got.losses[n], want.losses[n]), case.bounds.loss))
+        add(row(name, n, compare.relative(got.losses[n], want.losses[n]), case.loss_bound(n)))
     if got.scale is not None:
         add(row(name, "scale of the gradients x target tokens", abs(got.scale * want.weight_sum - 1), 1e-6))
     leaves = case.compared(got.grads, want.grads)

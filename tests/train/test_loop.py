@@ -131,6 +131,7 @@ def test_eight_devices_equal_one(config, tmp_path, mesh):
         assert_close("grad_norm", b["grad_norm"], a["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_batch_ramp_and_length_stages_resume(config, tmp_path):
     """Tokens are counted exactly through a ramp and a change of length, and a resumed run goes on in the middle of both."""
     config.train.batch_ramp, config.train.length_stages = ((0, 2), (2, 4)), ((0, 32), (4, 64))

@@ -108,3 +108,13 @@ def test_a_layout_that_does_not_fit_is_refused():
         made("quickstart:test", {"data": 4, "seq": 2}, {"seq": "none", "kv_seq": "seq"})
     with pytest.raises(ConfigError, match=r"parallel.layout: unknown 'zig'. Did you mean 'zigzag'\?"):
         setup("quickstart:test data=2 expert=2 seq=2", layout="zig")
+
+
+@pytest.mark.parametrize("mesh", [{"seq": 2}, {"expert": 4}, {"stage": 2}, {"fsdp": 4}], ids=str)
+def test_the_billion_takes_each_axis_by_one_override(mesh):
+    """As typed in docs/parallel.md: --config.mesh.<axis>=n and nothing else, on eight devices."""
+    config = importlib.import_module("configs.moe_1b").get_config()
+    config.mesh.update(mesh)
+    run = Setup(config, lambda *_: None)
+    assert run.sizes["data"] * list(mesh.values())[0] == 8 and run.cost.params > 1e9
+    assert bool(run.spread()) == ("fsdp" not in mesh)
