@@ -40,14 +40,6 @@ def pick(op, function, implementation, interpret, arguments):
     return functools.partial(run, interpret=target().platform != _TABLE[name][1] if interpret is None else interpret)
 
 
-def load(ops, platform):
-    """Imports what programs for a platform may pick, so that no thread that traces one has to import anything."""
-    for op in ops:
-        for name in _PREFERENCE:
-            if _TABLE[name][1] in (None, platform):
-                _module(op, name)
-
-
 def _best(op, arguments):
     refused = {}
     for name in _PREFERENCE:

@@ -22,7 +22,7 @@ Fields of config.data (`defaults()` gives them with their values):
     mixture           dicts with "weight" and any of name, paths, column, splits, data_dir, holdout; what is left out is taken from above
     cache_dir         empty: $EFFMODELS_DATA, else ~/.cache/effmodels
 '''
-from effmodels.data.api import Prepared, baselines, batches, prepare, trace
+from effmodels.data.api import Prepared, baselines, batches, import_libraries, prepare, trace
 from effmodels.data.options import DataError, defaults
 from effmodels.data.options import resolve as check
 from effmodels.data.storage import DamagedError
@@ -30,4 +30,4 @@ from effmodels.data.tokenizer import Tokenizer, from_dict, load
 from effmodels.data.windows import HOST_KEYS
 
 __all__ = ["HOST_KEYS", "DamagedError", "DataError", "Prepared", "Tokenizer", "baselines", "batches", "check", "defaults",
-           "from_dict", "load", "prepare", "trace"]
+           "from_dict", "import_libraries", "load", "prepare", "trace"]

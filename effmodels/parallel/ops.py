@@ -14,14 +14,6 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from effmodels.config import ConfigError
 from effmodels.parallel import axes, layouts, options, ring, state_passing, ulysses
-from pallas_kernels import dispatch
-from pallas_kernels.target import target
-
-
-def load_kernels():
-    """Imports the kernels of this platform. Before a thread compiles: libraries that the main thread imports meanwhile (TFDS) replace
-    Python's import while they load, for all threads."""
-    dispatch.load(("flash_attention", "grouped_matmul", "linear_cross_entropy", "retention"), target().platform)
 
 
 def run_sharded(f, arrays, out_dims):

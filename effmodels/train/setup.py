@@ -22,7 +22,7 @@ from effmodels.layers.param import ParamInfo
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
-from effmodels.parallel import axes, distributed, layouts, ops, pipeline
+from effmodels.parallel import axes, distributed, layouts, pipeline
 from effmodels.parallel import mesh as meshes
 from effmodels.parallel.expert import room
 from effmodels.train import budget, metrics, optim, schedules, step
@@ -99,7 +99,7 @@ class Setup:
 
         Raises ConfigError when the vocabulary does not fit.
         """
-        ops.load_kernels()
+        data.import_libraries()
         for stage in self.lengths.stages:
             self._submit(stage.seq_len)
         for stage in self.lengths.stages:

@@ -61,6 +61,26 @@ def test_a_warm_start_imports_neither_tfds_nor_jax_nor_tokenizers(tmp_path, corp
         assert not done.stderr
 
 
+@pytest.mark.subprocess
+def test_no_import_is_replaced_after_the_libraries_are_in(tmp_path, corpus_dir):
+    """While etils.epy.lazy_imports runs, every thread's imports are lazy modules: a thread that compiles would fail."""
+    config = config_of(tmp_path, corpus_dir)["data"]
+    code = """if True:
+        import json, sys
+        import effmodels.data as d
+        d.import_libraries()
+        from etils import epy
+        def replaced(*args, **kwargs):
+            raise AssertionError("imports replaced")
+        epy.lazy_imports = epy.lazy_imports_utils.lazy_imports = replaced
+        prepared = d.prepare(json.loads(sys.argv[1]), 32, log=lambda s: None)
+        batch = next(d.batches(prepared, batch_size=2, seed=0))
+        d.trace({k: v[0] for k, v in batch.items()}, prepared), d.baselines(prepared)
+    """
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(config)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_default_corpus_with_a_learned_vocabulary(tmp_path):
     prepared = effmodels.data.prepare({"cache_dir": str(tmp_path), "tokenizer": "bpe:8192"}, 512, log=print)
