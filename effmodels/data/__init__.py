@@ -4,7 +4,7 @@ Everything is made once, before step 1, under a name that is a hash of what it w
 and imports neither TFDS nor a tokenizer library that it does not need.
 
     prepared = prepare(config.data, seq_len)           # .tokenizer .train .validation .info
-    iterator = batches(prepared, batch_size=16, seed=0, process_index=p, process_count=n)
+    iterator = batches(prepared, batch_size=16, seed=0, process_index=p, process_count=n)      # or rows=[0, 5, ...] of each batch
     batch = next(iterator)                             # tokens, targets, weights, segment_ids, positions [B,T]; HOST_KEYS stay on the host
     state = iterator.state()                           # a small JSON dict; iterator.restore(state) on any number of processes
     trace({k: v[0] for k, v in batch.items()}, prepared)   # [(source, byte offset, bytes), ...]

@@ -50,14 +50,19 @@ def prepare(config_data, seq_len, *, log=print):
     return Prepared(tokenizer, sets["train"], sets["validation"], weights, info, cache)
 
 
-def batches(prepared, *, batch_size, seed, split="train", process_index=0, process_count=1, start=0, repeat=True, threads=1):
+def batches(
+    prepared, *, batch_size, seed, split="train", process_index=0, process_count=1, rows=None, start=0, repeat=True, threads=1
+):
     """Iterator of this process's rows of each global batch, from batch `start` on; .state() and .restore() are exact.
+
+    rows: the numbers of the rows that it reads of each batch, instead of the process_index-th of process_count equal parts.
 
     The training split is shuffled; validation is in order. With repeat=False every window comes exactly once and the last batch is
     padded with rows of weight 0.
     """
     return pipeline.BatchIterator(_split(prepared, split), prepared.weights, batch_size=batch_size, seed=seed, shuffle=split == "train",
-                                  repeat=repeat, process_index=process_index, process_count=process_count, start=start, threads=threads)
+                                  repeat=repeat, process_index=process_index, process_count=process_count, rows=rows, start=start,
+                                  threads=threads)
 
 
 def trace(batch_row, prepared):

@@ -89,7 +89,7 @@ class _Batches:
         return max(-(-(len(self.row_to_window) - self.first_row) // self.batch_size), 0)
 
     def __getitem__(self, k):
-        rows = range(self.first_row + k * self.batch_size + self.part.start, self.first_row + k * self.batch_size + self.part.stop)
+        rows = (self.first_row + k * self.batch_size + self.part).tolist()
         end = len(self.row_to_window)
         return self.window_set.rows(np.array([self.row_to_window[r] if r < end else -1 for r in rows], np.int64))
 
@@ -100,7 +100,8 @@ class _Batches:
 class BatchIterator:
     """Batches of numpy arrays, with an exact O(1) position: `state()` is what has been handed out, whatever is prefetched."""
 
-    def __init__(self, window_set, weights, *, batch_size, seed, shuffle, repeat, process_index=0, process_count=1, start=0, threads=1):
+    def __init__(self, window_set, weights, *, batch_size, seed, shuffle, repeat, process_index=0, process_count=1, rows=None,
+                 start=0, threads=1):
         if not len(window_set):
             raise DataError("This split holds no windows. Set config.data.holdout above 0 to hold out documents for validation.")
         if batch_size < 1 or batch_size % process_count:
@@ -111,7 +112,9 @@ class BatchIterator:
         self.window_set, self.batch_size, self.seed, self.threads = window_set, batch_size, int(seed), threads
         self.mixture = Mixture(weights) if repeat and len(window_set.sizes) > 1 else None
         local = batch_size // process_count
-        self.part = range(process_index * local, (process_index + 1) * local)
+        self.part = np.arange(process_index * local, (process_index + 1) * local) if rows is None else np.asarray(rows)
+        if self.part.min(initial=0) < 0 or self.part.max(initial=0) >= batch_size:
+            raise DataError(f"rows={self.part.tolist()} must be numbers of rows of a batch of {batch_size}.")
         self.order = order(window_set, weights, seed=seed, shuffle=shuffle, repeat=repeat)
         self.identity = storage.digest([[f.folder.name for f in window_set.folders], window_set.split, shuffle, repeat,
                                         [str(w) for w in weights] if self.mixture else []])[:24]

@@ -67,12 +67,12 @@ def step_flops(model_config, seq_len, sequences, remat):
     return flops, flops * (4 / 3 if remat == "full" else 1)
 
 
-def flops_per_second(peak):
-    """The rate that the first estimate assumes: a share of the peak of all local devices, measured by a matmul where no peak is known."""
+def flops_per_second(peak, devices):
+    """The rate that the first estimate assumes of all devices: a share of their peak, measured by a matmul where no peak is known."""
     if peak is not None:
-        return ASSUMED_SHARE * peak * jax.local_device_count()
+        return ASSUMED_SHARE * peak * devices
     if jax.process_count() > 1:  # what is measured differs from process to process, and what follows from it must not
-        return ASSUMED_SHARE * UNKNOWN_PEAK * jax.local_device_count()
+        return ASSUMED_SHARE * UNKNOWN_PEAK * devices
     return ASSUMED_SHARE * measured_matmul_rate()
 
 

@@ -210,12 +210,13 @@ class Run:
         setup, c = self.setup, self.config
         seq_len = setup.lengths.stages[-1].seq_len
         prepared, program = setup.data(seq_len), setup.programs(seq_len).eval_step
-        iterator = data.batches(prepared, batch_size=setup.micro_batch, seed=0, split="validation", repeat=False, **setup.part())
+        iterator = data.batches(prepared, batch_size=setup.micro_batch, seed=0, split="validation", repeat=False,
+                                rows=setup.local_rows)
         ce, weight, size = 0.0, 0.0, 0.0
         for _, batch in zip(range(c.eval.batches), iterator):
             ce_sum, weight_sum = program(state.params, state.buffers, setup.put(batch))
             ce, weight = ce + float(ce_sum), weight + float(weight_sum)
-            size += _sum_over_processes(batch["target_bytes"], setup.data_part[1])
+            size += _sum_over_processes(batch["target_bytes"][setup.owned])
         result = {"step": step, "eval_loss": ce / max(weight, 1.0), "bits_per_byte": ce / math.log(2) / max(size, 1.0)}
         if not math.isfinite(result["eval_loss"]):
             raise NonFiniteError(f"step {step}: the evaluation loss is {result['eval_loss']}; nothing was saved after it.")
@@ -230,7 +231,8 @@ class Run:
         stage = self.setup.lengths.stage_at(step)
         if self.iterator_stage != stage.index:
             prepared = self.setup.data(stage.seq_len)
-            self.iterator = data.batches(prepared, batch_size=self.setup.micro_batch, seed=self.config.seed, **self.setup.part())
+            self.iterator = data.batches(prepared, batch_size=self.setup.micro_batch, seed=self.config.seed,
+                                         rows=self.setup.local_rows)
             self.iterator_stage = stage.index
         return self.iterator
 
@@ -377,14 +379,13 @@ def _differences(old, new, path=""):
     return [] if old == new else [f"{path} {old!r} there, {new!r} here"]
 
 
-def _sum_over_processes(values, parts):
+def _sum_over_processes(values):
     total = float(np.sum(values))
     if jax.process_count() == 1:
         return total
     from jax.experimental import multihost_utils
 
-    # Processes that split rows between them have read the same rows.
-    return float(np.sum(multihost_utils.process_allgather(np.float64(total)))) * parts / jax.process_count()
+    return float(np.sum(multihost_utils.process_allgather(np.float64(total))))
 
 
 def _of_process_0(flag):

@@ -72,7 +72,7 @@ class Setup:
             pipeline.choose([(s.start, s.period, s.repeats) for s in self.model.segments], self.stages, self.options.rounds)
         self.cost = cost(c.model, c.seq_len)
         self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
-        self.data_part = self._data_part()
+        self.local_rows, self.owned = self._rows_of_this_process()
         self.ramp = schedules.BatchRamp(
             c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths,
             unit=c.train.batch_ramp_unit,
@@ -139,15 +139,14 @@ class Setup:
         sharding = self._batch_sharding(stacked=not one)
         local = {k: batches[k] if one else np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}
         local = {k: layouts.to_layout(a, self.options.layout, self.pieces, axis=-1) for k, a in local.items()}
-        first, rows = self.data_part[0] * self.micro_batch // self.data_part[1], self.micro_batch
 
         def array(a):
             def piece(index):
                 *outer, row, time = index
-                start, stop, _ = row.indices(rows)
-                return a[(*outer, slice(start - first, stop - first), time)]
+                at = np.searchsorted(self.local_rows, np.arange(self.micro_batch)[row])
+                return a[(*outer, slice(at[0], at[-1] + 1), time)]  # the rows of one device are neighbours
 
-            return jax.make_array_from_callback((*a.shape[:-2], rows, a.shape[-1]), sharding, piece)
+            return jax.make_array_from_callback((*a.shape[:-2], self.micro_batch, a.shape[-1]), sharding, piece)
 
         return {k: array(a) for k, a in local.items()}
 
@@ -182,13 +181,40 @@ class Setup:
                 )
         return lines
 
-    def part(self):
-        """Which rows of a global batch this process reads, as arguments of `data.batches`."""
-        return {"process_index": self.data_part[0], "process_count": self.data_part[1]}
-
     def context(self):
         """The mesh and rules in force, per thread; nothing on a single device, where no op needs to be split."""
         return axes.use(self.mesh, self.rules, self.options) if self.mesh.size > 1 else contextlib.nullcontext()
+
+    @property
+    def step_programs(self):
+        """Names of the programs (fields of `Programs`) that make a step."""
+        return ("train_step",) if self.accumulation == "scan" else ("micro_step", "apply_step", "zero_sums")
+
+    @property
+    def compiler_options(self):
+        """What every `.compile(compiler_options=...)` of this run is given."""
+        return dict(self.config.train.compiler_options) or None
+
+    def trace(self, name, seq_len):
+        """A program (a field of `Programs`) for this sequence length, traced with its shardings and donation: `jax.stages.Traced`.
+
+        What training compiles and what a plan compiles; to be called in `context()`. Nothing is allocated.
+        """
+        f, sh, state = self.functions, self.shardings, self.restorable_state()
+        replicated = NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole on every process
+        batch, number = self._abstract_batch(seq_len), jax.ShapeDtypeStruct((), jnp.int32)
+        if name == "eval_step":
+            return jax.jit(f.eval_step, out_shardings=replicated).trace(state.params, state.buffers, batch)
+        if name == "train_step":
+            batches = self._abstract_batch(seq_len, self.config.batch_size // self.micro_batch)
+            return jax.jit(f.train_step, donate_argnums=0, out_shardings=(sh, replicated)).trace(state, batches)
+        sums, places = self._abstract_sums(batch)
+        if name == "micro_step":
+            step = jax.jit(f.micro_step, donate_argnums=2, out_shardings=places)
+            return step.trace(state.params, state.buffers, sums, batch, number, number)
+        if name == "apply_step":
+            return jax.jit(f.apply_step, donate_argnums=0, out_shardings=(sh, replicated)).trace(state, sums, number)
+        return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums), out_shardings=places).trace()
 
     def memory_budget(self, seq_len, copies_on_save):
         """`MemoryBudget` of the run at this length."""
@@ -203,7 +229,7 @@ class Setup:
         """A first guess from FLOPs and an assumed share of peak; the run replaces it by measurements."""
         c = self.config
         executed = budget.step_flops(c.model, c.seq_len, c.batch_size, c.train.remat)[1]
-        return executed / budget.flops_per_second(self.peak) / max(1, jax.process_count())
+        return executed / budget.flops_per_second(self.peak, len(self.devices))
 
     def _submit(self, seq_len):
         if seq_len not in self.compiling:
@@ -296,21 +322,14 @@ class Setup:
         spec = axes.spec(("batch", "seq"), rules=self.rules, mesh=self.mesh, array="batch")
         return NamedSharding(self.mesh, PartitionSpec(None, *spec) if stacked else spec)
 
-    def _data_part(self):
-        """(i, n): this process reads the i-th of n equal parts of a micro-batch's rows; processes that split a row read the same part."""
-        sharding, shape = self._batch_sharding(stacked=False), (self.micro_batch, self.config.seq_len)
-        rows = {}
-        for device, (row, _) in sharding.devices_indices_map(shape).items():
-            rows.setdefault(device.process_index, set()).add(row.indices(shape[0])[:2])
-        parts = {process: (min(a for a, _ in held), max(b for _, b in held)) for process, held in rows.items()}
-        borders = sorted(set(parts.values()))
-        size = borders[0][1] - borders[0][0]
-        if borders != [(i * size, (i + 1) * size) for i in range(len(borders))]:
-            raise ConfigError(
-                f"config.mesh: with devices in this order the processes hold the rows {dict(sorted(parts.items()))} of a micro-batch, "
-                "which are no equal parts; let data x fsdp x expert be a multiple or a divisor of the number of processes."
-            )
-        return borders.index(parts[jax.process_index()]), len(borders)
+    def _rows_of_this_process(self):
+        """(rows of a micro-batch that this process's devices hold, which of them it counts): one held by several is counted by the first."""
+        sharding, held = self._batch_sharding(stacked=False), {}
+        for device, (row, _) in sharding.devices_indices_map((self.micro_batch, self.config.seq_len)).items():
+            held.setdefault(device.process_index, set()).update(range(*row.indices(self.micro_batch)))
+        first = {row: process for process in sorted(held, reverse=True) for row in held[process]}
+        rows = np.array(sorted(held[jax.process_index()]))
+        return rows, np.array([first[row] == jax.process_index() for row in rows.tolist()])
 
     def _abstract_batch(self, seq_len, micro_batches=None):
         shape = (self.micro_batch, seq_len) if micro_batches is None else (micro_batches, self.micro_batch, seq_len)
@@ -319,31 +338,15 @@ class Setup:
         return {k: jax.ShapeDtypeStruct(shape, kinds.get(k, jnp.int32), sharding=sharding) for k in DEVICE_KEYS}
 
     def _compile(self, seq_len):
-        f, sh, state = self.functions, self.shardings, self.restorable_state()
-        options = dict(self.config.train.compiler_options) or None
-        batch = self._abstract_batch(seq_len)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
+        names = ("eval_step", *self.step_programs)
+        return Programs(**{name: self.trace(name, seq_len).lower().compile(compiler_options=self.compiler_options) for name in names})
 
-        def program(fn, *args, out=None, donate=()):
-            return jax.jit(fn, donate_argnums=donate, out_shardings=out).lower(*args).compile(compiler_options=options)
-
-        # What the host reads is whole on every process.
+    def _abstract_sums(self, batch):
+        """The accumulator of micro-batches: gradients placed as their parameters, the rest whole."""
+        sums = jax.eval_shape(self.functions.zero_sums, self.abstract_state.params, self.abstract_state.buffers, batch)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        eval_step = program(f.eval_step, state.params, state.buffers, batch, out=replicated)
-        if self.accumulation == "scan":
-            count = self.config.batch_size // self.micro_batch
-            train_step = program(f.train_step, state, self._abstract_batch(seq_len, count), out=(sh, replicated), donate=(0,))
-            return Programs(train_step=train_step, eval_step=eval_step)
-        sums = jax.eval_shape(f.zero_sums, state.params, state.buffers, batch)
-        sums_sh = jax.tree.map(lambda _: replicated, sums)._replace(grads=sh.params)
-        sums = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), sums, sums_sh)
-        zero = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums), out_shardings=sums_sh)
-        return Programs(
-            micro_step=program(f.micro_step, state.params, state.buffers, sums, batch, number, number, out=sums_sh, donate=(2,)),
-            apply_step=program(f.apply_step, state, sums, number, out=(sh, replicated), donate=(0,)),
-            zero_sums=zero.lower().compile(),
-            eval_step=eval_step,
-        )
+        places = jax.tree.map(lambda _: replicated, sums)._replace(grads=self.shardings.params)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), sums, places), places
 
 
 def _build(model_config, key):

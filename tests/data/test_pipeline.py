@@ -68,6 +68,17 @@ def test_resuming_gives_bit_identical_global_batches_on_any_number_of_processes(
     assert all(equal(a, b) for a, b in zip(straight, got))
 
 
+def test_a_process_may_read_any_rows_of_a_batch(make):
+    """On a pod, the rows of a host's chips are scattered over the batch."""
+    prepared = make(16)
+    whole = take(effmodels.data.batches(prepared, batch_size=8, seed=1), 3)
+    for rows in ([1, 5, 6], [7], range(8)):
+        mine = take(effmodels.data.batches(prepared, batch_size=8, seed=1, rows=rows), 3)
+        assert all(equal(a, {k: v[list(rows)] for k, v in b.items()}) for a, b in zip(mine, whole))
+    with pytest.raises(effmodels.data.DataError, match="must be numbers of rows of a batch of 8"):
+        effmodels.data.batches(prepared, batch_size=8, seed=1, rows=[8])
+
+
 def test_start_and_another_batch_size_continue_the_same_sequence_of_rows(make):
     prepared = make(16)
     rows = joined(take(effmodels.data.batches(prepared, batch_size=4, seed=0), 12))
