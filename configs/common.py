@@ -21,7 +21,7 @@ def base():
     c.optim = optim()
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
     # Which mesh axes split a dim: "default" (effmodels.parallel.axes.DEFAULT_RULES), "none", or axes such as "data,fsdp".
-    c.rules = ConfigDict({dim: "default" for dim in DIMS})
+    c.rules = ConfigDict({dim: "default" for dim in DIMS} | {"priority": ()})  # priority: dims that win where two want one axis
     c.parallel = parallel()
     c.distributed = ConfigDict(
         {
@@ -136,7 +136,7 @@ def train():
             "micro_batch_size": placeholder(int),  # sequences per forward and backward pass; None: the whole batch
             "accumulation": "auto",  # "scan" inside one program, "loop" over two programs; auto: loop when a step takes over 30 s
             "accumulate_dtype": "float32",
-            "remat": "none",  # full, dots, dots_no_batch
+            "remat": "none",  # full, dots, dots_no_batch, or "save:heads,kernel": keep what has these names (effmodels.config.SAVEABLE)
             "batch_ramp": (),  # ((from, batch_size), ...), the first from 0, the last with the full batch_size
             "batch_ramp_unit": "steps",  # what `from` counts: "steps" or "tokens"
             "length_stages": (),  # ((from_step, seq_len), ...), the last with the full seq_len

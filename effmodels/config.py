@@ -120,6 +120,7 @@ class ModelConfig:
         for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels"):
             value = plain(getattr(self, field))
             object.__setattr__(self, field, (value,) if isinstance(value, str) else value)
+        _check_remat(self.remat)
         for field, options in CHOICES.items():
             if getattr(self, field) not in options:
                 raise ConfigError(f"model.{field}: unknown {getattr(self, field)!r}.{nearest(getattr(self, field), options)}")
@@ -151,5 +152,18 @@ CHOICES = {
     "residual": ("serial", "parallel"),
     "param_dtype": DTYPES,
     "compute_dtype": DTYPES,
-    "remat": ("none", "full", "dots", "dots_no_batch"),
 }
+REMAT = ("none", "full", "dots", "dots_no_batch")
+SAVE = "save:"
+# What remat="save:..." may name: results of matrix products by the weight's output dim, and what the kernels return.
+SAVEABLE = ("heads", "kv_heads", "embed", "mlp", "expert_mlp", "kernel")
+
+
+def _check_remat(remat):
+    if not remat.startswith(SAVE):
+        if remat not in REMAT:
+            raise ConfigError(f"model.remat: unknown {remat!r}.{nearest(remat, (*REMAT, SAVE + ','.join(SAVEABLE)))}")
+        return
+    for name in remat.removeprefix(SAVE).split(","):
+        if name not in SAVEABLE:
+            raise ConfigError(f"model.remat: {remat!r} keeps {name!r}, which is nothing that a layer names.{nearest(name, SAVEABLE)}")

@@ -3,6 +3,7 @@ import functools
 import math
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from effmodels.parallel.axes import current_mesh
 
@@ -11,7 +12,17 @@ def dot(spec, x, weight, dtype=None):
     """einsum(spec, x, weight) in x's dtype (the compute dtype); `weight` is a Param or an array, cast on the way in.
 
     spec: "BTD,DNH->BTNH", activations first. Sums run in float32 where the hardware multiplies in less. dtype: of the result (default x's).
+    For `train.remat` the result has the name of the weight's first output dim ("heads", "mlp", ...).
     """
+    return named(_product(spec, x, weight, dtype), _output_dim(spec, weight))
+
+
+def named(x, name):
+    """x, which `train.remat=save:<name>` keeps for the backward pass."""
+    return x if name is None else checkpoint_name(x, name)
+
+
+def _product(spec, x, weight, dtype):
     w = (weight if isinstance(weight, jnp.ndarray) else weight[...]).astype(x.dtype)
     inputs = _matrix_inputs(spec)
     if inputs is None or current_mesh() is not None:
@@ -21,6 +32,17 @@ def dot(spec, x, weight, dtype=None):
     lead, out = x.shape[: x.ndim - inputs], w.shape[inputs:]
     y = jnp.matmul(x.reshape(math.prod(lead), -1), w.reshape(-1, math.prod(out)), preferred_element_type=dtype)
     return y.reshape(*lead, *out)
+
+
+def _output_dim(spec, weight):
+    """The dim name of the weight's first dim that is in the result; None of a bare array."""
+    info = None if isinstance(weight, jnp.ndarray) else weight.get_metadata().get("info")
+    operands, result = spec.split("->")
+    letters = operands.split(",")[1]
+    if info is None:
+        return None
+    dim_names = info.dim_names[-len(letters):]  # one layer of a stack has the names of the stack
+    return next((name for name, letter in zip(dim_names, letters) if letter in result), None)
 
 
 @functools.cache

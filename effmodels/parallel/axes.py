@@ -45,7 +45,10 @@ DEFAULT_RULES = {
     "layers": "stage",
     "stage": "stage",
     "norm": None,
+    "priority": (),
 }
+
+PRIORITY = "priority"
 
 _RULES = jax.make_user_context(default_value=None)
 
@@ -53,10 +56,14 @@ _RULES = jax.make_user_context(default_value=None)
 def make_rules(overrides=None):
     """The default table with a run's overrides, as the hashable form that the context carries; names are checked.
 
-    A value is None, an axis, a tuple of axes, or text as typed on a command line: "default", "none", "data,fsdp".
+    A value is None, an axis, a tuple of axes, or text as typed on a command line: "default", "none", "data,fsdp". "priority" names dims:
+    of two dims of an array that want one axis, the first of them gets it.
     """
     table = dict(DEFAULT_RULES)
     for dim, axes in (overrides or {}).items():
+        if dim == PRIORITY:
+            table[PRIORITY] = _dims_named(axes)
+            continue
         if dim not in DIMS:
             raise ConfigError(f"rules: unknown dim {dim!r}.{nearest(dim, DIMS)}")
         if axes == "default":
@@ -79,12 +86,25 @@ def decode_rules(rules=None):
     return tuple(sorted(table.items()))
 
 
+def _dims_named(dims):
+    dims = tuple(d.strip() for d in dims.split(",") if d.strip()) if isinstance(dims, str) else tuple(dims or ())
+    for dim in dims:
+        if dim not in DIMS:
+            raise ConfigError(f"rules.{PRIORITY}: unknown dim {dim!r}.{nearest(dim, DIMS)}")
+    return dims
+
+
 @contextlib.contextmanager
 def use(mesh, rules=None, parallel=None):
     """Inside, `shard` and `parallel.ops` place arrays on `mesh` by `rules` (default: DEFAULT_RULES), run as `parallel` (Options) says."""
     rules = rules if isinstance(rules, tuple) else make_rules(rules)
     with jax.set_mesh(mesh), _RULES(rules), options.use(parallel):
         yield mesh
+
+
+def rules_in_force(rules):
+    """Context manager: inside, `current_rules()` is this table (of `make_rules`); the mesh stays as it is."""
+    return _RULES(rules)
 
 
 def current_rules():
@@ -103,25 +123,30 @@ def current_mesh():
 def spec(dim_names, *, rules=None, mesh=None, array="array"):
     """The PartitionSpec of an array whose dims have these names (None: a dim that is never split).
 
-    Raises ConfigError for an unknown dim, and for a mesh axis that two dims of the array want, naming the array and both rules.
+    Raises ConfigError for an unknown dim, and for a mesh axis that two dims of the array want and rules.priority gives to neither, naming
+    the array and both rules.
     """
     rules = current_rules() if rules is None else dict(rules)
     mesh = mesh or current_mesh()
     present = MESH_AXES if mesh is None else mesh.axis_names
-    owner, entries = {}, []
-    for dim in dim_names:
+    first = {dim: i for i, dim in reversed(list(enumerate(rules.get(PRIORITY, ()))))}
+    owner, wanted = {}, []
+    for i, dim in enumerate(dim_names):
         if dim is not None and dim not in DIMS:
             raise ConfigError(f"{array}: unknown dim {dim!r}.{nearest(dim, DIMS)}")
-        axes = tuple(a for a in as_tuple(rules.get(dim) if dim else None) if a in present)
-        for axis in axes:
-            if axis in owner:
+        wanted.append(tuple(a for a in as_tuple(rules.get(dim) if dim else None) if a in present))
+        for axis in wanted[-1]:
+            other = dim_names[owner.get(axis, i)]
+            if axis in owner and first.get(other) == first.get(dim):
                 raise ConfigError(
-                    f"{array} {tuple(dim_names)}: mesh axis {axis!r} is wanted by two dims, {owner[axis]!r} (rules.{owner[axis]}="
-                    f"{rules[owner[axis]]!r}) and {dim!r} (rules.{dim}={rules[dim]!r}). Change one of the two rules."
+                    f"{array} {tuple(dim_names)}: mesh axis {axis!r} is wanted by two dims, {other!r} "
+                    f"(rules.{other}={rules[other]!r}) and {dim!r} (rules.{dim}={rules[dim]!r}). Change one of the two rules, or name the dim that gets it "
+                    f"in rules.{PRIORITY}."
                 )
-            owner[axis] = dim
-        entries.append(axes[0] if len(axes) == 1 else axes or None)
-    return PartitionSpec(*entries)
+            if axis not in owner or first.get(dim, len(first)) < first.get(other, len(first)):
+                owner[axis] = i
+    entries = [tuple(a for a in axes if owner[a] == i) for i, axes in enumerate(wanted)]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 
 def shards(dim, *, mesh=None, rules=None):
@@ -149,15 +174,16 @@ def checked_spec(shape, dim_names, *, mesh, rules=None, array):
     """`spec`, with every size checked against the mesh."""
     if len(shape) != len(dim_names):
         raise ConfigError(f"{array}: {len(shape)} dims {tuple(shape)} but {len(dim_names)} names {tuple(dim_names)}.")
-    for size, dim in zip(shape, dim_names):
-        pieces = shards(dim, mesh=mesh, rules=rules) if dim else 1
+    placed = spec(dim_names, rules=rules, mesh=mesh, array=array)
+    for size, dim, axes in zip(shape, dim_names, placed):
+        pieces = math.prod(mesh.shape[a] for a in as_tuple(axes))
         if size % pieces:
             table = current_rules() if rules is None else dict(rules)
             raise ConfigError(
                 f"{array} {tuple(dim_names)}: {dim}={size} cannot be split over {pieces} devices (rules.{dim}={table[dim]!r}, mesh "
                 f"{dict(mesh.shape)}). Use a multiple of {pieces}, another mesh, or rules.{dim}=none."
             )
-    return spec(dim_names, rules=rules, mesh=mesh, array=array)
+    return placed
 
 
 def parameter_sharding(shape, info, *, mesh, rules=None, name="parameter"):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from effmodels.config import ConfigError
@@ -42,7 +43,8 @@ def expert_ffn(
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs.astype(lhs.dtype), group_sizes_e, implementation=implementation)
 
-            return matmul(activation(*(matmul(rows_RD, inputs[n]) for n in names)), w_out)
+            kept = (checkpoint_name(matmul(rows_RD, inputs[n]), "expert_mlp") for n in names)
+            return matmul(activation(*kept), w_out)
 
         y, overflow = _routed(x, ids, weights, ffn, num_experts, way)
         y = jax.lax.psum(y, columns) if columns else y

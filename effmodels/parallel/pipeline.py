@@ -211,7 +211,7 @@ def run(f, params, x_KsBTD, plan, *, remat="none"):
     f(params of one stage and round, x_BTD, first repeat, micro-batch) -> (y_BTD, aux), aux a pytree with leading dim R / (p * rounds).
     params: arrays [p, rounds, per, ...] of `by_stage`. x lies as plan.entering_Ks says, y as plan.leaving_Ks.
     aux: sums over micro-batches, [R, ...].
-    remat: a policy of `stack.REMAT_POLICIES` for the call of a stage, or "none".
+    remat: as of `stack.policy`, for the call of a stage, or "none".
     """
     stages, rounds, per = jax.tree.leaves(params)[0].shape[:3]
     stage_s = np.arange(stages)
@@ -220,7 +220,7 @@ def run(f, params, x_KsBTD, plan, *, remat="none"):
         chosen = jax.tree.map(lambda a: a[0] if rounds == 1 else jax.lax.dynamic_index_in_dim(a, r, keepdims=False), params)
         return f(chosen, x, (r * stages + s) * per, micro)
 
-    part = jax.checkpoint(part, policy=stack.REMAT_POLICIES.get(remat, _keep_computed), prevent_cse=False)
+    part = jax.checkpoint(part, policy=_keep_computed if remat == "none" else stack.policy(remat), prevent_cse=False)
     part = jax.vmap(part, spmd_axis_name=axis_name())
 
     def tick(carry, now):

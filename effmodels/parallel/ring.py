@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from effmodels.config import ConfigError
 from effmodels.parallel import layouts
+from pallas_kernels.kept import kept
 
 
 def attend(q_BTNH, k_BSKH, v_BSKP, *, axis, layout, sinks=None, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None,
@@ -128,7 +129,7 @@ def _attend(ring, q_BTNH, k_BSKH, v_BSKP, sinks_N, rows, ids):
 
 def _attend_fwd(ring, q_BTNH, k_BSKH, v_BSKP, sinks_N, rows, ids):
     keys = k_BSKH, v_BSKP, ids
-    out_BTNP, lse_BTN = _forward(ring, q_BTNH, keys, sinks_N, rows)
+    out_BTNP, lse_BTN = kept(_forward(ring, q_BTNH, keys, sinks_N, rows))
     return out_BTNP, (q_BTNH, keys, sinks_N, rows, out_BTNP, lse_BTN)
 
 

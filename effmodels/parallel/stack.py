@@ -5,7 +5,9 @@ Both work on split NNX state with plain JAX transforms: `nnx.scan`, `nnx.vmap` a
 import jax
 from flax import nnx
 
-# What is kept for the backward pass; everything else is recomputed.
+from effmodels.config import SAVE
+
+# What is kept for the backward pass; everything else is recomputed. Besides these: "save:" and names of `config.SAVEABLE`.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -37,7 +39,7 @@ def scan(f, stacked, carry, xs=None, *, shared=None, remat="none"):
     """carry, ys = scan of f(layer, carry, x) over the leading dim of `stacked`, a module made by `stack`.
 
     shared: a module that every repeat uses, passed as f(layer, carry, x, shared); closed over, so that its gradient sums over the repeats.
-    xs: a pytree with leading dim R, or None. remat: a policy of REMAT_POLICIES, or "none".
+    xs: a pytree with leading dim R, or None. remat: as of `policy`, or "none".
     """
     graphdef, state = nnx.split(stacked)
 
@@ -54,4 +56,11 @@ def checkpointed(f, remat, in_scan=False):
     if remat == "none":
         return f
     # Inside a scan the loop boundary already keeps the recomputation from being merged with the forward pass.
-    return jax.checkpoint(f, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
+    return jax.checkpoint(f, policy=policy(remat), prevent_cse=not in_scan)
+
+
+def policy(remat):
+    """The `jax.checkpoint` policy of a name of REMAT_POLICIES, or of "save:heads,kernel"."""
+    if remat.startswith(SAVE):
+        return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix(SAVE).split(","))
+    return REMAT_POLICIES[remat]

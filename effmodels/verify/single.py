@@ -2,6 +2,7 @@
 import jax
 import numpy as np
 
+from effmodels.config import SAVE, SAVEABLE
 from effmodels.layers.context import Ctx
 from effmodels.models.blocks import DROPOUT_CHANNEL, DROPOUT_MIXER
 from effmodels.models.decoder import DROPOUT_EMBED
@@ -49,7 +50,7 @@ def packed(case):
 def remat(case):
     """`Outcome`: each recomputation policy gives the loss and gradients of none."""
     outcome, want = Outcome("remat"), case.reference()
-    for policy in REMAT_POLICIES:
+    for policy in (*REMAT_POLICIES, SAVE + ",".join(SAVEABLE)):
         setup = case.compiled(f"remat setup {policy}", lambda p=policy: case.setup(case.devices[:1], mesh={}, remat=p))
         got = case.reference(variant=f"remat {policy}", setup=setup)
         leaves = case.compared(got.grads, want.grads)

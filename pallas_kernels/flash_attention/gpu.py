@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import gpu
 from pallas_kernels.flash_attention import gpu_backward, gpu_forward
 from pallas_kernels.flash_attention import gpu_plan as plan
+from pallas_kernels.kept import kept
 
 MAX_HEAD_DIM = 256
 
@@ -49,7 +50,7 @@ def _core(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
 
 
 def _core_fwd(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
-    out_BTNP, lse_BNT = _core(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N)
+    out_BTNP, lse_BNT = kept(_core(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N))
     return (out_BTNP, lse_BNT), (q_BTNH, k_BSKH, v_BSKP, index, sinks_N, out_BTNP, lse_BNT)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import tpu_backward, tpu_forward
+from pallas_kernels.kept import kept
 
 
 def unsupported(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
@@ -38,7 +39,7 @@ def _attend(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
 
 
 def _attend_fwd(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N):
-    out_BTNP, lse_BTN = _attend(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N)
+    out_BTNP, lse_BTN = kept(_attend(spec, interpret, q_BTNH, k_BSKH, v_BSKP, index, sinks_N))
     return (out_BTNP, lse_BTN), (q_BTNH, k_BSKH, v_BSKP, index, sinks_N, out_BTNP, lse_BTN)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import accumulator
 from pallas_kernels.flash_attention.mask import Side, cut, sides, visible
+from pallas_kernels.kept import kept
 from pallas_kernels.products import product
 
 # More queries or tiles than this are scanned: XLA keeps the temporaries of many unrolled tiles alive at once (measured at T = 1024:
@@ -123,7 +124,7 @@ def _core(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index):
 
 
 def _core_fwd(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index):
-    out_BKGTP, lse_BKGT = _core(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index)
+    out_BKGTP, lse_BKGT = kept(_core(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index))
     return (out_BKGTP, lse_BKGT), (q_BKGTH, k_BKSH, v_BKSP, index, out_BKGTP, lse_BKGT)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import gpu
+from pallas_kernels.kept import kept
 from pallas_kernels.retention import gpu_scan
 from pallas_kernels.retention.gpu_plan import C
 from pallas_kernels.retention.summary import Summary, runs
@@ -72,7 +73,7 @@ def _retain(static, q_BTNH, k_BTNH, v_BTNP, log_decay, initial_BNHP, segment_BT)
 def _retain_fwd(static, *primals):
     trained = primals[3].perturbed
     arguments = jax.tree.map(lambda primal: primal.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return _retain(static, *arguments), (arguments, () if trained else None)  # a residual is no bool: an empty tuple is true here
+    return kept(_retain(static, *arguments)), (arguments, () if trained else None)  # a residual is no bool: an empty tuple is true here
 
 
 def _retain_bwd(static, residuals, cotangents):

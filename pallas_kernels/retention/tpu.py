@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kept import kept
 from pallas_kernels.retention import tpu_plan
 from pallas_kernels.retention.summary import Summary, runs
 from pallas_kernels.retention.tpu_backward import backward
@@ -105,7 +106,7 @@ def _forward(q, k, v, log_decay, initial, kind_BT, plan, interpret):
     arguments = q, k, v, log_decay, initial, kind_BT
     q, k, v, g, initial, kind_BT = jax.tree.map(lambda x: x.value, arguments, is_leaf=_is_primal)
     save = plan.blocks > 1
-    out, final, *saved = forward(q, k, v, _decay(g, kind_BT, plan), initial, plan, save, interpret)
+    out, final, *saved = kept(forward(q, k, v, _decay(g, kind_BT, plan), initial, plan, save, interpret))
     saved = saved[0] if save else None if initial is None else initial[:, None]
     # An empty tuple says, statically, that nobody asks for the gradient of the decay.
     return (out, final), (q, k, v, g, initial, kind_BT, saved, None if log_decay.perturbed else ())

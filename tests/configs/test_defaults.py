@@ -40,6 +40,6 @@ def test_data_fields():
 
 
 def test_rules_name_every_dim():
-    assert set(common.base().rules) == set(axes.DIMS)
+    assert set(common.base().rules) == {*axes.DIMS, axes.PRIORITY}
     assert axes.make_rules(common.base().rules) == axes.make_rules()
     assert dict(axes.make_rules({"batch": "data,fsdp", "heads": "none"}))["batch"] == ("data", "fsdp")

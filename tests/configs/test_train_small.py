@@ -10,7 +10,12 @@ from tests.configs.catalogue import NAMES, arguments, load
 SMALL = [(name, "small" if "small" in arguments(name) else "test") for name in NAMES]
 
 
-@pytest.mark.parametrize("name,argument", SMALL, ids=lambda x: str(x))
+DEFAULT = ("quickstart", "retnet_6p7b")
+
+
+@pytest.mark.parametrize(
+    "name,argument", [pytest.param(n, a, marks=() if n in DEFAULT else pytest.mark.slow, id=f"{n}-{a}") for n, a in SMALL]
+)
 def test_two_steps(name, argument, tmp_path):
     for i in range(30):
         (tmp_path / f"f{i}.py").write_text("\n".join(f"def f{i}_{j}(x, y={j}):\n    return [x * {j}, y + {i}]" for j in range(60)))

@@ -40,6 +40,19 @@ def test_two_dims_that_want_one_axis_are_refused_with_both_rules(devices):
         axes.spec(("heads", "heads"), mesh=devices)
 
 
+def test_a_priority_says_which_of_two_dims_gets_the_axis(devices):
+    rules = axes.make_rules({"embed": "fsdp", "mlp": "tensor,fsdp", "priority": "mlp"})
+    assert axes.spec(("embed", "mlp"), rules=rules, mesh=devices) == P(None, ("tensor", "fsdp"))
+    assert axes.spec(("mlp", "embed"), rules=rules, mesh=devices) == P(("tensor", "fsdp"), None)
+    assert axes.spec(("embed", "heads"), rules=rules, mesh=devices) == P("fsdp", "tensor")
+    assert axes.checked_spec((3, 8), ("embed", "mlp"), rules=rules, mesh=devices, array="w_in"), "3 need not divide: fsdp went to mlp"
+    assert hash(rules) == hash(axes.make_rules({"embed": "fsdp", "mlp": ("tensor", "fsdp"), "priority": ("mlp",)}))
+    with pytest.raises(ConfigError, match="wanted by two dims.* or name the dim that gets it in rules.priority"):
+        axes.spec(("embed", "mlp"), rules=axes.make_rules({"mlp": "fsdp", "priority": "heads"}), mesh=devices)
+    with pytest.raises(ConfigError, match=r"rules.priority: unknown dim 'mpl'. Did you mean 'mlp'\?"):
+        axes.make_rules({"priority": "mpl"})
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
