@@ -139,9 +139,9 @@ def spec(dim_names, *, rules=None, mesh=None, array="array"):
             other = dim_names[owner.get(axis, i)]
             if axis in owner and first.get(other) == first.get(dim):
                 raise ConfigError(
-                    f"{array} {tuple(dim_names)}: mesh axis {axis!r} is wanted by two dims, {other!r} "
-                    f"(rules.{other}={rules[other]!r}) and {dim!r} (rules.{dim}={rules[dim]!r}). Change one of the two rules, or name the dim that gets it "
-                    f"in rules.{PRIORITY}."
+                    f"{array} {tuple(dim_names)}: mesh axis {axis!r} is wanted by two dims, {other!r} (rules.{other}="
+                    f"{rules[other]!r}) and {dim!r} (rules.{dim}={rules[dim]!r}). Change one of the two rules, or name the "
+                    f"dim that gets it in rules.{PRIORITY}."
                 )
             if axis not in owner or first.get(dim, len(first)) < first.get(other, len(first)):
                 owner[axis] = i
