@@ -21,7 +21,7 @@ def base():
     c.optim = optim()
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
     # Which mesh axes split a dim: "default" (effmodels.parallel.axes.DEFAULT_RULES), "none", or axes such as "data,fsdp".
-    c.rules = ConfigDict({dim: "default" for dim in DIMS} | {"priority": ()})  # priority: dims that win where two want one axis
+    c.rules = ConfigDict({dim: "default" for dim in DIMS} | {"priority": ""})  # priority: dims that win where two want one axis
     c.parallel = parallel()
     c.distributed = ConfigDict(
         {
