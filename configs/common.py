@@ -140,6 +140,6 @@ def train():
             "batch_ramp": (),  # ((from, batch_size), ...), the first from 0, the last with the full batch_size
             "batch_ramp_unit": "steps",  # what `from` counts: "steps" or "tokens"
             "length_stages": (),  # ((from_step, seq_len), ...), the last with the full seq_len
-            "compiler_options": ConfigDict({}),
+            "compiler_options": "",  # of XLA: "xla_enable_async_all_gather=true,..."
         }
     )

@@ -87,6 +87,8 @@ class RunConfig:
         for name in given:
             if name not in names:
                 raise ConfigError(f"config: unknown section {name!r}.{nearest(name, names)}")
+        given["train"] = dict(given.get("train") or {})
+        given["train"]["compiler_options"] = _options(given["train"].get("compiler_options", ""))
         sections = {"train": TrainConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig, "log": LogConfig}
         built = {name: build(section, given.get(name, {}), f"config.{name}") for name, section in sections.items()}
         built |= {name: build(section, given.get(name, {}), f"config.{name}") for name, section in SPREAD.items()}
@@ -162,6 +164,23 @@ def jsonable(value):
     if isinstance(value, tuple):
         return [jsonable(v) for v in value]
     return value
+
+
+def _options(value):
+    """XLA's options as a mapping: that of a saved run, or text such as "xla_a=true,xla_b=4"."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    for name, sign, setting in pairs:
+        if not sign or not setting.strip():
+            raise ConfigError(f"config.train.compiler_options: expected name=value,name=value, got {name!r}.")
+    return {name.strip(): _typed(setting.strip()) for name, _, setting in pairs}
+
+
+def _typed(text):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _positive(value, name):

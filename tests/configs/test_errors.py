@@ -126,6 +126,13 @@ def test_mistake_in_a_config(mistake):
         RunConfig.from_mapping(make())
 
 
+def test_compiler_options_are_typed_as_on_a_command_line():
+    run = RunConfig.from_mapping(changed(train__compiler_options="xla_a=true, xla_b=-4,xla_c=two"))
+    assert dict(run.train.compiler_options) == {"xla_a": True, "xla_b": -4, "xla_c": "two"}
+    with pytest.raises(ConfigError, match="compiler_options: expected name=value,name=value, got 'xla_a'"):
+        RunConfig.from_mapping(changed(train__compiler_options="xla_a"))
+
+
 def test_a_decoder_checks_before_it_draws():
     with pytest.raises(ConfigError, match="Did you mean 'attention'"):
         Decoder({"vocab_size": 8, "d_model": 8, "num_layers": 1, "pattern": ("atention",)}, rngs=None)
