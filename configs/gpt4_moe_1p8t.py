@@ -25,7 +25,7 @@ def get_config(arg=None):
     c.expect.params, c.expect.active_params = 1.8309e12, 277.15e9
     c.data.tokenizer = "bpe:32768"
     c.optim.lr, c.optim.warmup_steps = 1e-4, 2000
-    c.mesh.data, c.mesh.fsdp, c.mesh.expert = 1, -1, 16
+    c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = 1, -1, 16, 4
     c.train.remat, c.train.accumulation = "full", "scan"
     if arg == "small":
         c.steps, c.batch_size, c.seq_len = 30, 8, 128
@@ -34,7 +34,8 @@ def get_config(arg=None):
         c.model.channels = {"moe": {"num_experts": 16, "top_k": 2, "hidden": 128, "activation": "gelu"}}
         c.expect.params, c.expect.active_params = None, None
         c.data.tokenizer = "bytes"
-        c.optim.warmup_steps, c.mesh.fsdp, c.mesh.expert, c.mesh.data, c.train.accumulation = 10, 1, 1, -1, "auto"
+        c.optim.warmup_steps, c.train.accumulation = 10, "auto"
+        c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = -1, 1, 1, 1
         c.checkpoint.every_steps = c.eval.every_steps = 15
         c.eval.batches, c.log.every_steps = 4, 5
     elif arg:

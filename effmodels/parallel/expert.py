@@ -37,11 +37,13 @@ def expert_ffn(
     if over:
         way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact)
     names = tuple(f"w{i}" for i in range(len(w_in)))
+    # Cast here, so that the sum of their gradients over other shards travels in the compute dtype.
+    *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
 
     def local(x, ids, weights, w_out, **inputs):
         def ffn(rows_RD, group_sizes_e):
             def matmul(lhs, rhs):
-                return ops.grouped_matmul(lhs, rhs.astype(lhs.dtype), group_sizes_e, implementation=implementation)
+                return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
             kept = (checkpoint_name(matmul(rows_RD, inputs[n]), "expert_mlp") for n in names)
             return matmul(activation(*kept), w_out)

@@ -2,6 +2,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -35,8 +36,21 @@ def sizes(config=None, num_devices=None):
         raise ConfigError(
             f"mesh: {given} needs {'a multiple of ' if free else ''}{fixed} devices, but {num_devices} are here; "
             f"the fixed axes' product must be one of {divisors}{'' if free else f', or exactly {num_devices} without a -1'}."
+            f" Nearest: {_nearest(result, free, num_devices)}."
         )
     return result
+
+
+def _nearest(sizes, free, num_devices):
+    """The sizes closest to those asked for, by ratio, that fill the devices, as text; the free axis or else data takes what is left."""
+    rest = free[0] if free else "data"
+    wanted = {axis: n for axis, n in sizes.items() if n > 1 and axis != rest}
+    best, left = {}, num_devices
+    for axis, n in sorted(wanted.items(), key=lambda item: item[1]):
+        divisors = [d for d in range(1, left + 1) if left % d == 0]
+        best[axis] = min(divisors, key=lambda d: abs(math.log(d / n)))
+        left //= best[axis]
+    return ", ".join(f"{axis}={n}" for axis, n in ({axis: best[axis] for axis in wanted} | {rest: left}).items())
 
 
 def make_mesh(config=None, devices=None):
@@ -51,7 +65,41 @@ def make_mesh(config=None, devices=None):
         inside = [n // across[axis] for axis, n in shape.items()]
         placed = mesh_utils.create_hybrid_device_mesh(inside, tuple(across.values()), devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=types)
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(_placed(tuple(shape.values()), devices), MESH_AXES, axis_types=types)
+
+
+def _placed(shape, devices):
+    """Devices in an array of this shape, neighbours of an axis near each other in the torus; an axis may take a part of a physical dim."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except ValueError:  # jax 0.10 and 0.12 cannot split dims such as 12 x 16 x 20 into 15 x 32 x 8
+        return _split(shape, devices)
+
+
+def _split(shape, devices):
+    """`_placed` for any torus: the fastest axis first takes, prime by prime, from the dim where it has most already, else the largest."""
+    where = [(*d.coords, getattr(d, "core_on_chip", 0)) for d in devices]
+    torus = [max(c) + 1 for c in zip(*where)]
+    left, parts = list(torus), {}  # (dim, axis) -> factor
+    for axis in reversed(range(len(shape))):
+        for prime in _primes(shape[axis]):
+            dims = [k for k, n in enumerate(left) if n % prime == 0]
+            k = max(dims, key=lambda k, axis=axis: (parts.get((k, axis), 1), left[k]))
+            parts[k, axis], left[k] = parts.get((k, axis), 1) * prime, left[k] // prime
+    order = sorted(parts)  # of each dim the slowest axis is outermost
+    grid = np.empty(torus, object)
+    for device, at in zip(devices, where):
+        grid[at] = device
+    by_axis = sorted(range(len(order)), key=lambda i: order[i][::-1])
+    return grid.reshape([parts[key] for key in order]).transpose(by_axis).reshape(shape)
+
+
+def _primes(n):
+    found = []
+    while n > 1:
+        found.append(next(p for p in range(2, n + 1) if n % p == 0))
+        n //= found[-1]
+    return found[::-1]
 
 
 def across_slices(shape, slices):

@@ -19,7 +19,8 @@ class Collective:
     """One collective instruction. axes: the mesh axes that its groups span. times: how often it runs, loops multiplied.
 
     size: bytes of the whole array (gathered, or before scattering). during: kernels and fusions between its start and its done, in order;
-    None if it blocks.
+    None if it blocks. groups: device numbers, in the order of mesh.devices; of a permute (source, target) pairs. lanes: link directions
+    that the compiler's strategy drives at once; 0 where it does not say.
     """
 
     kind: str
@@ -29,6 +30,8 @@ class Collective:
     size: int
     times: int
     during: tuple[str, ...] | None
+    groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), repr=False)
+    lanes: int = 0
 
     @property
     def sent(self) -> float:
@@ -57,15 +60,17 @@ def sent_by_axes(found) -> dict:
 def _walk(module, name, times, mesh, found):
     open_starts = {}
     for i in module.computations[name]:
-        kind, phase = _kind(i.opcode)
+        kind, phase = kind_and_phase(i.opcode)
         if phase == "start":
             open_starts[i.name] = (i, kind, [])
         elif phase == "done":
             start = open_starts.pop(i.operands[0], None)
             if start is not None:
-                found.append(_collective(*start[:2], times, mesh, tuple(start[2])))
+                found.append(collective(*start[:2], mesh, times, tuple(start[2])))
         elif kind:
-            found.append(_collective(i, kind, times, mesh, None))
+            found.append(collective(i, kind, mesh, times))
+        elif transfer := between_slices(i, mesh, times):
+            found.append(transfer)
         elif i.opcode == "while":
             _walk(module, hlo.called(i, "body"), times * hlo.trip_count(module, i), mesh, found)
         elif i.opcode == "conditional":
@@ -74,18 +79,42 @@ def _walk(module, name, times, mesh, found):
         elif i.opcode == "call":
             _walk(module, hlo.called(i, "to_apply"), times, mesh, found)
         elif i.opcode in ("fusion", "async-start"):
-            inner = hlo.called(i, "calls")
-            for j in module.computations.get(inner, ()):
-                if kind := _kind(j.opcode)[0]:
-                    # A TPU reduces and scatters in one fusion around an all-reduce.
-                    kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in inner else kind
-                    found.append(_collective(j, kind, times, mesh, None))
+            found += inside(module, i, mesh, times)
         if i.opcode in ("fusion", "custom-call", "while", "convolution", "dot"):
             for _, _, during in open_starts.values():
                 during.append(i.base_name)
 
 
-def _kind(opcode):
+def inside(module, instruction, mesh, times=1) -> list[Collective]:
+    """The collectives in the computation that a fusion or an async-start calls, as blocking ones."""
+    found, name = [], hlo.called(instruction, "calls")
+    for i in module.computations.get(name, ()):
+        if kind := kind_and_phase(i.opcode)[0]:
+            # A TPU reduces and scatters in one fusion around an all-reduce.
+            kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in name else kind
+            found.append(collective(i, kind, mesh, times, strategy=instruction.attributes))
+    return found
+
+
+def between_slices(instruction, mesh, times=1) -> Collective | None:
+    """What a `send` hands to the network between slices, as a Collective without groups; None for any other instruction."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes) if instruction.opcode == "send" else None
+    if not kind:
+        return None
+    kind, size = kind.group(1).lower().replace("_", "-"), _bytes(re.search(r"\w+\[[\d,]*\]", instruction.type).group(0))
+    slices = np.array([getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]).reshape(mesh.devices.shape)
+    number = len(np.unique(slices))
+    axes = tuple(name for d, name in enumerate(mesh.axis_names) if (slices != slices.take([0], d)).any())
+    return Collective(kind, instruction.name, axes, number, size * number if kind == "all-gather" else size, times, None)
+
+
+def rendezvous(instruction) -> str:
+    """What the two halves of a transfer between slices have in common."""
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
+    return name.group(1) if name else ""
+
+
+def kind_and_phase(opcode):
     """(collective, "start" | "done" | None), or (None, None)."""
     for kind in KINDS:
         for ending, phase in (("", None), ("-start", "start"), ("-done", "done")):
@@ -94,7 +123,8 @@ def _kind(opcode):
     return None, None
 
 
-def _collective(instruction, kind, times, mesh, during):
+def collective(instruction, kind, mesh, times=1, during=None, strategy="") -> Collective:
+    """The Collective of one instruction of a kind in KINDS. strategy: attributes of what holds it, where those name the strategy."""
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
     if pairs:
         groups = [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1))]
@@ -111,7 +141,16 @@ def _collective(instruction, kind, times, mesh, during):
         size *= n
     elif instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         size = max(sizes)
-    return Collective(kind, instruction.name, _axes(groups, mesh), n, size, times, during)
+    lanes = _lanes(instruction.attributes) or _lanes(strategy)
+    return Collective(kind, instruction.name, _axes(groups, mesh), n, size, times, during, tuple(map(tuple, groups)), lanes)
+
+
+def _lanes(attributes):
+    """From the compiler's text: the colors of a strategy, or two directions for each dimension of an emitter; 0 where it names neither."""
+    if colors := re.search(r"colors:(\d+)", attributes):
+        return int(colors.group(1))
+    emitter = re.search(r'"emitter":"(\d)D', attributes)
+    return 2 * int(emitter.group(1)) if emitter else 0
 
 
 def _groups(attributes, devices):
@@ -152,5 +191,4 @@ def _axes(groups, mesh):
 
 def _bytes(type_text):
     dtype, shape = hlo.shape(type_text)
-    width = {"f64": 8, "s64": 8, "u64": 8, "u32": 4, "s32": 4}.get(dtype) or hlo.BYTES.get(dtype, 1)
-    return math.prod(shape) * width
+    return math.prod(shape) * hlo.width(dtype)

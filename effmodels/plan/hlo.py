@@ -3,6 +3,7 @@
 Only what the schedule needs: instructions, operands, layouts of small tables, how often loops run, and XLA's own cost estimates.
 """
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -126,6 +127,12 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
 _TYPE = re.compile(r"^(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::((?:T|\()[^S}]*)?.*)?\})?")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
+_OTHER_BYTES = {"f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5, "token": 0}
+
+
+def width(dtype: str) -> float:
+    """Bytes of an element of an HLO type; one where it is not known, such as the float8 types."""
+    return BYTES.get(dtype, _OTHER_BYTES.get(dtype, 1))
 
 
 def shape(type_text: str) -> tuple[str, tuple[int, ...]]:
@@ -134,6 +141,20 @@ def shape(type_text: str) -> tuple[str, tuple[int, ...]]:
     if not found:
         raise ValueError(f"not an array type: {type_text[:80]!r}")
     return found.group(1), tuple(int(n) for n in found.group(2).split(",") if n)
+
+
+def physical_bytes(type_text: str) -> float:
+    """Bytes that an array of this type takes in memory, padded to whole tiles."""
+    found = _TYPE.match(type_text)
+    if not found:
+        raise ValueError(f"not an array type: {type_text[:80]!r}")
+    sizes = [int(n) for n in found.group(2).split(",") if n]
+    order = [int(n) for n in (found.group(3) or "").split(",") if n] or list(range(len(sizes)))[::-1]
+    tile = re.match(r"T?\(([\d,]+)\)", found.group(4) or "")
+    if tile and sizes:
+        for dim, n in zip(order, (int(n) for n in reversed(tile.group(1).split(",")))):
+            sizes[dim] = -(-sizes[dim] // n) * n
+    return math.prod(sizes) * width(found.group(1))
 
 
 def words(array: np.ndarray, type_text: str) -> np.ndarray:

@@ -65,7 +65,8 @@ def _report(answer):
 def profile(text, dumped, generation, *, arguments=(), constants=None, strict=True):
     """Costs of every instruction of an HLO text in order of execution; of a conditional, those of its costlier branch.
 
-    arguments: those of the program, None where not known; constants: {kernel: [{operand: array} of each run]}.
+    arguments: those of the program, None where not known; constants: {kernel: [{operand: array} of each run]}. strict=False: a kernel whose
+    path hangs on unknown scalars has them in `undecided`, and code that is not understood the compiler's estimate.
     """
     module = hlo.parse(text)
     return _Profile(module, dumped, CORES[generation], _Known(module, arguments, constants or {}), strict).costs(module.entry, 1)
@@ -145,7 +146,7 @@ class _Profile:
         fields = {"name": instruction.name, "opcode": kind, "calls": calls, "estimate": estimate}
         guess = OpCost(**fields, source="estimate" if estimate else "unpriced", cycles=estimate)
         if files is None:
-            if instruction.is_kernel:
+            if instruction.is_kernel and self.strict:
                 raise NotUnderstood(f"the compiler wrote no bundles for kernel {instruction.name}.")
             return guess
         runs = self.known.runs(instruction) if instruction.is_kernel else [{}]
@@ -154,7 +155,14 @@ class _Profile:
         weights = [keys.count(key) for key, _ in distinct]
         key = (files[0], tuple((key, weight) for (key, _), weight in zip(distinct, weights)))
         if key not in self.done:
-            self.done[key] = _simulated(files, self.core, [operands for _, operands in distinct], weights)
+            try:
+                self.done[key] = _simulated(files, self.core, [operands for _, operands in distinct], weights)
+            except NotUnderstood:
+                if self.strict:
+                    raise
+                self.done[key] = None
+        if self.done[key] is None:
+            return guess
         cost, results = self.done[key]
         self.known.keep(instruction, results)
         if cost.undecided and instruction.is_kernel and self.strict:

@@ -18,25 +18,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from effmodels import data
 from effmodels.channel.moe import capacity
 from effmodels.config import ConfigError
-from effmodels.layers.param import ParamInfo
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, distributed, layouts, pipeline
 from effmodels.parallel import mesh as meshes
 from effmodels.parallel.expert import room
-from effmodels.train import budget, metrics, optim, schedules, step
+from effmodels.train import budget, metrics, optim, placement, schedules, step
 from effmodels.train.run_config import RunConfig
-from effmodels.train.state import TrainState
 
 DEVICE_KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 LOOP_ABOVE_SECONDS = 30.0
-# Tokens per device in one micro-batch where the config leaves the choice: enough rows for the matmuls, few enough to fit.
-MICRO_TOKENS = {"cpu": 8192, "tpu": 16_384, "gpu": 16_384}
-LARGE_MODEL = 2e8  # parameters above which a CPU takes MICRO_TOKENS_LARGE at a time
-MICRO_TOKENS_LARGE = 2048
 SEQUENTIAL_ABOVE = 2**26  # bytes
-MICRO_BATCHES_PER_STAGE = 4  # where the config leaves the choice: at most a fifth of a pipeline's slots is without work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Setup:
         self.mesh = meshes.make_mesh(self.sizes, self.devices)
         self.pieces = axes.shards("seq", mesh=self.mesh, rules=self.rules)  # of a row
         self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
-        self.options = self._resolve_options()
+        self.options = placement.resolve_options(c, [stage.seq_len for stage in self.lengths.stages], self.pieces)
         self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
         _, self.abstract_params, self.abstract_buffers = model_state.split(self.model)
         self.infos, self.names = model_state.info(self.model), model_state.manifest(self.model)
@@ -71,7 +64,9 @@ class Setup:
         if self.stages > 1:
             pipeline.choose([(s.start, s.period, s.repeats) for s in self.model.segments], self.stages, self.options.rounds)
         self.cost = cost(c.model, c.seq_len)
-        self.micro_batch = c.train.micro_batch_size or self._auto_micro_batch()
+        self.micro_batch = c.train.micro_batch_size or placement.auto_micro_batch(
+            c, self.sizes, self.rules, self.platform, self.cost.params
+        )
         self.local_rows, self.owned = self._rows_of_this_process()
         self.ramp = schedules.BatchRamp(
             c.batch_size, micro_batch_size=self.micro_batch, ramp=c.train.batch_ramp, length_stages=self.lengths,
@@ -88,7 +83,7 @@ class Setup:
         )  # fmt: skip
         self.optimizer_text = optim.describe(c.optim, param_infos, shapes, mup_width_multiplier=width)[0]
         self.abstract_state = jax.eval_shape(self._init, jax.random.key(0, impl="threefry2x32"))
-        self.shardings = self._state_shardings(param_infos, shapes)
+        self.shardings = placement.state_shardings(self.abstract_state, self.infos, self.mesh, self.rules, self.options.zero1)
         self.peak = metrics.peak_flops(self.devices[0].device_kind)
         self.accumulation = self._choose_accumulation()
         self.functions = step.make_step(self.model, self.optimizer, self.schedule, c.seed, c.train.accumulate_dtype, sequential)
@@ -202,11 +197,11 @@ class Setup:
         """
         f, sh, state = self.functions, self.shardings, self.restorable_state()
         replicated = NamedSharding(self.mesh, PartitionSpec())  # what the host reads is whole on every process
-        batch, number = self._abstract_batch(seq_len), jax.ShapeDtypeStruct((), jnp.int32)
+        batch, number = self.abstract_batch(seq_len), jax.ShapeDtypeStruct((), jnp.int32)
         if name == "eval_step":
             return jax.jit(f.eval_step, out_shardings=replicated).trace(state.params, state.buffers, batch)
         if name == "train_step":
-            batches = self._abstract_batch(seq_len, self.config.batch_size // self.micro_batch)
+            batches = self.abstract_batch(seq_len, self.config.batch_size // self.micro_batch)
             return jax.jit(f.train_step, donate_argnums=0, out_shardings=(sh, replicated)).trace(state, batches)
         sums, places = self._abstract_sums(batch)
         if name == "micro_step":
@@ -248,19 +243,6 @@ class Setup:
     def _init(self, key):
         return step.init_state(functools.partial(_build, self.config.model), self.optimizer, key)
 
-    def _auto_micro_batch(self):
-        c, rows = self.config, axes.parts("batch", self.sizes, self.rules)
-        large = self.platform == "cpu" and self.cost.params > LARGE_MODEL
-        tokens = MICRO_TOKENS_LARGE if large else MICRO_TOKENS.get(self.platform, MICRO_TOKENS["gpu"])
-        most = max(rows, tokens // c.seq_len * rows)
-        sizes = [b for _, b in c.train.batch_ramp] or [c.batch_size]
-        if self.stages > 1:  # enough micro-batches to keep the stages busy
-            most = max(rows, min(most, *(b // (MICRO_BATCHES_PER_STAGE * self.stages) for b in sizes)))
-        fitting = [n for n in range(rows, most + 1, rows) if all(b % n == 0 for b in sizes)]
-        if not fitting:
-            raise ConfigError(f"config: batch sizes {sizes} do not divide by the {rows} devices that rules.batch splits rows over.")
-        return fitting[-1]
-
     def _choose_accumulation(self):
         c = self.config
         wanted = c.train.accumulation
@@ -279,51 +261,15 @@ class Setup:
             return "loop"
         return "loop" if self.estimated_step_seconds() > LOOP_ABOVE_SECONDS else "scan"
 
-    def _resolve_options(self):
-        """The run's `parallel` options with the layout chosen; ConfigError when a row does not divide or a mixer cannot follow it."""
-        c, pieces = self.config, self.pieces
-        if pieces == 1:
-            return dataclasses.replace(c.parallel, layout="contiguous")
-        mixers = self._mixers()
-        allowed = [name for name in layouts.LAYOUTS if all(name in m.cls.layouts for m in mixers)]
-        layout = c.parallel.layout
-        if layout == "auto":
-            windows = tuple(m.config.window for m in mixers if hasattr(m.config, "window"))
-            layout = layouts.choose(windows, [stage.seq_len for stage in self.lengths.stages], pieces, allowed)
-        if layout not in allowed:
-            refusing = sorted({m.name for m in mixers if layout not in m.cls.layouts})
-            raise ConfigError(
-                f"config.parallel.layout={layout!r}: the mixers {', '.join(refusing)} are not right in that order (what passes a state "
-                f"from token to token needs neighbours on one device). Use one of {', '.join(allowed)}."
-            )
-        for stage in self.lengths.stages:
-            layouts.order(layout, stage.seq_len, pieces)
-        return dataclasses.replace(c.parallel, layout=layout)
-
     def _mixers(self):
         return [kind.mixer for kind in resolve(self.config.model).layers]
-
-    def _state_shardings(self, param_infos, shapes):
-        def of(info, a, name):
-            return axes.parameter_sharding(a.shape, info, mesh=self.mesh, rules=self.rules, name=name)
-
-        params = {p: of(self.infos[p], a, p) for p, a in self.abstract_params.items()}
-        buffers = {p: of(self.infos[p], a, p) for p, a in self.abstract_buffers.items()}
-        opt_names = optim.state_dim_names(self.abstract_state.opt_state, param_infos, shapes)
-        leaves, tree = jax.tree.flatten(self.abstract_state.opt_state)
-        flat_names = tree.flatten_up_to(opt_names)
-        placed = [of(ParamInfo(tuple(n)), a, "optimiser state") for n, a in zip(flat_names, leaves)]
-        if self.options.zero1:
-            placed = [axes.also_split(place, a.shape) for place, a in zip(placed, leaves)]
-        opt_state = tree.unflatten(placed)
-        return TrainState(step=NamedSharding(self.mesh, PartitionSpec()), params=params, buffers=buffers, opt_state=opt_state)
 
     def _batch_sharding(self, stacked):
         spec = axes.spec(("batch", "seq"), rules=self.rules, mesh=self.mesh, array="batch")
         return NamedSharding(self.mesh, PartitionSpec(None, *spec) if stacked else spec)
 
     def _rows_of_this_process(self):
-        """(rows of a micro-batch that this process's devices hold, which of them it counts): one held by several is counted by the first."""
+        """(rows of a micro-batch that this process holds, which of them it counts): one held by several is counted by the first."""
         sharding, held = self._batch_sharding(stacked=False), {}
         for device, (row, _) in sharding.devices_indices_map((self.micro_batch, self.config.seq_len)).items():
             held.setdefault(device.process_index, set()).update(range(*row.indices(self.micro_batch)))
@@ -331,7 +277,8 @@ class Setup:
         rows = np.array(sorted(held[jax.process_index()]))
         return rows, np.array([first[row] == jax.process_index() for row in rows.tolist()])
 
-    def _abstract_batch(self, seq_len, micro_batches=None):
+    def abstract_batch(self, seq_len, micro_batches=None):
+        """ShapeDtypeStructs of one micro-batch [B, T], or of several [M, B, T], with their shardings."""
         shape = (self.micro_batch, seq_len) if micro_batches is None else (micro_batches, self.micro_batch, seq_len)
         sharding = self._batch_sharding(stacked=micro_batches is not None)
         kinds = {"weights": jnp.float32}

@@ -3,10 +3,12 @@
 B batch, T query, S key. Positions are order indices, not rotary positions: they decide causality, windows and nothing else.
 """
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BLOCK = 512  # keys counted at a time
 
@@ -67,6 +69,22 @@ def visible(q, k, spec):
     if q.segment is not None:
         see = see & (q.segment[..., :, None] == k.segment[..., None, :]) & (k.segment[..., None, :] != 0)
     return see
+
+
+@functools.cache
+def visible_pairs(T, S, spec):
+    """How many (query, key) pairs of a row are visible where it holds one segment in order: what a cost estimate counts."""
+    query = np.arange(T)
+    reach = 0 if spec.is_causal else S + T if spec.window is None else spec.window
+    low = np.zeros(T, int) if spec.window is None else np.clip(query - spec.window, 0, S)
+    high = np.minimum(query + reach, S - 1) + 1
+    near = np.maximum(high - low, 0)
+    if spec.window is None:
+        return int(near.sum())
+    count = min(spec.global_tokens, S)
+    before = np.minimum(count, np.minimum(low, query + 1)) if spec.is_causal else np.minimum(count, low)
+    after = 0 if spec.is_causal else np.maximum(count - np.maximum(high, low), 0)
+    return int((near + before + after).sum())
 
 
 def _first_in_segment(index, kv_position, count):

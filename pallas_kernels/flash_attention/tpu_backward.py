@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
 from pallas_kernels.flash_attention import ranges
-from pallas_kernels.flash_attention.mask import sides
+from pallas_kernels.flash_attention.mask import sides, visible_pairs
 from pallas_kernels.flash_attention.tpu_backward_kernel import FAR, LOG2E, Blocks, Shape, interval, kernel, scratch
 
 _SHORTEST_SPAN, _LONGEST_SPAN = 1024, 8192  # queries; each span reads its keys once more
@@ -166,6 +166,8 @@ def _call(shape, tables, operands, rows, bounds, interpret, out_dtype):
     steps, span_plan, tile_tables, span_tables = tables
     size, H, P = shape.blocks, shape.H, shape.P
     q, do, k, v = operands
+    pairs = shape.B * shape.K * shape.G * visible_pairs(shape.plan.T, shape.plan.S, shape.plan.spec)
+    moved = sum(x.nbytes for x in operands) + sum(x.size for x in (q, k, v)) * jnp.dtype(out_dtype).itemsize
     scalars = (span_tables.rows, *tile_tables[1:])
 
     def kv_index(p, u, step, rows_ref):
@@ -220,6 +222,7 @@ def _call(shape, tables, operands, rows, bounds, interpret, out_dtype):
         out_shape=out_shape, input_output_aliases=aliases, interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
                                              vmem_limit_bytes=_vmem()),
+        cost_estimate=pl.CostEstimate(flops=2 * pairs * (3 * H + 2 * P), transcendentals=pairs, bytes_accessed=moved),
         name="flash_attention_backward",
     )(*scalars, q, do, k, v, rows, *bounds, *sums)
 

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
 from pallas_kernels.flash_attention import ranges
-from pallas_kernels.flash_attention.mask import sides
+from pallas_kernels.flash_attention.mask import sides, visible_pairs
 
 _LOG2E = math.log2(math.e)
 # Below any score, and finite: a row that has seen nothing yet keeps exp2(m - m) = 1 and no NaN.
@@ -116,10 +116,19 @@ def _call(spec, pack, q_XRH, k_XSH, v_XSP, index, sinks_N, B, T, interpret):
         ),
         out_shape=[jax.ShapeDtypeStruct((X, rows, P), spec.out_dtype or dtype), jax.ShapeDtypeStruct((X, 1, rows), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        cost_estimate=_cost(shape, spec, T, S, q_XRH, k_XSH, v_XSP),
         name="flash_attention_forward",
         interpret=interpret,
     )(*prefetched, *inputs.values())
     return out, lse.reshape(X, rows)
+
+
+def _cost(shape, spec, T, S, q_XRH, k_XSH, v_XSP):
+    """Two products per visible pair, heads in whole lanes; documents in a row are not told apart."""
+    pairs = shape.programs * shape.pack * visible_pairs(T, S, spec)
+    width = sum(tpu.round_up(x, tpu.LANES) for x in (shape.H, shape.P))
+    moved = q_XRH.nbytes // shape.H * (shape.H + shape.P) + k_XSH.nbytes + v_XSP.nbytes
+    return pl.CostEstimate(flops=2 * pairs * width, transcendentals=pairs, bytes_accessed=moved)
 
 
 class _Shape(NamedTuple):

@@ -61,3 +61,11 @@ def _counted(test, body, carry, rounds):
         carry, n = body(carry), n + 1
     rounds.append(n)
     return carry
+
+
+@pytest.mark.parametrize("T, S", [(7, 7), (12, 5), (5, 12)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window, global_tokens", [(None, 0), (0, 0), (3, 0), (3, 2), (1, 20)])
+def test_visible_pairs_are_counted_as_the_mask_shows_them(T, S, is_causal, window, global_tokens):
+    spec = mask.Spec(is_causal, window, global_tokens, None, 1.0)
+    assert mask.visible_pairs(T, S, spec) == int(mask.visible(*mask.sides(mask.Index(), T, S, spec), spec).sum())

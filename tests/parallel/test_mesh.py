@@ -41,6 +41,40 @@ def test_errors(given, message):
         mesh.sizes(given, 8)
 
 
+@pytest.mark.parametrize(
+    "given, devices, want",
+    [
+        ({"data": 16}, 4, "data=4"),
+        ({"fsdp": 3, "data": 2}, 4, "fsdp=4, data=1"),
+        ({"fsdp": 8, "tensor": 3}, 64, "fsdp=8, tensor=4, data=2"),
+        ({"data": 1, "fsdp": -1, "tensor": 5}, 8, "tensor=4, fsdp=2"),
+    ],
+)
+def test_the_nearest_sizes_are_named_and_fit(given, devices, want):
+    with pytest.raises(ConfigError, match=f"Nearest: {want}\\."):
+        mesh.sizes(given, devices)
+    fitting = {axis: int(n) for axis, _, n in (part.partition("=") for part in want.split(", "))}
+    assert math.prod(mesh.sizes(fitting, devices).values()) == devices
+
+
+class Chip:
+    def __init__(self, *coords):
+        self.coords, self.core_on_chip = coords, 0
+
+
+@pytest.mark.parametrize(
+    "torus, shape", [((6, 4, 10), (15, 2, 8)), ((4, 4, 4), (2, 4, 8)), ((2, 2, 1), (1, 4)), ((12, 16, 20), (15, 32, 8))]
+)
+def test_every_chip_has_one_place_whatever_the_torus(torus, shape):
+    chips = [Chip(x, y, z) for x in range(torus[0]) for y in range(torus[1]) for z in range(torus[2])]
+    made = mesh._split(shape, chips)
+    assert made.shape == shape and {id(c) for c in made.flat} == {id(c) for c in chips}
+    # Members of an axis differ in few coordinates: a group of the fastest axis is a box in the torus.
+    group = made[(0,) * (len(shape) - 1)]
+    extents = [len({c.coords[k] for c in group}) for k in range(3)]
+    assert math.prod(extents) == shape[-1]
+
+
 def test_all_axes_are_there_and_auto():
     made = mesh.make_mesh({"tensor": 2})
     assert made.axis_names == mesh.MESH_AXES and made.devices.size == 8 and made.shape["data"] == 4

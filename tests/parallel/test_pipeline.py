@@ -282,4 +282,4 @@ def test_forms_that_a_pipeline_does_not_have_are_refused(run_config):
     run_config.train.accumulation, run_config.model.param_dtype = "scan", "bfloat16"
     setup = Setup(run_config, print, jax.devices()[:2])
     with setup.context(), pytest.raises(ConfigError, match="summed over micro-batches in bfloat16"):
-        jax.eval_shape(setup.functions.train_step, setup.abstract_state, setup._abstract_batch(16, 2))
+        jax.eval_shape(setup.functions.train_step, setup.abstract_state, setup.abstract_batch(16, 2))

@@ -1,8 +1,10 @@
 """Collectives of compiled programs: kinds, axes, repetitions and bytes equal the formulas."""
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -70,3 +72,32 @@ def test_what_runs_between_start_and_done(mesh):
     )
     (found,) = collectives(text, mesh)
     assert (found.kind, found.axes, found.sent, found.during) == ("collective-permute", ("tensor",), S, ("kernel",))
+
+
+def test_a_transfer_between_slices_is_a_collective_over_the_axes_that_leave_a_slice():
+    devices = np.array([types.SimpleNamespace(slice_index=i // 4) for i in range(8)]).reshape(2, 2, 2)
+    mesh = types.SimpleNamespace(devices=devices, axis_names=("data", "fsdp", "tensor"))
+    text = (
+        "HloModule m\n\nENTRY %main (x: f32[16,64]) -> f32[16,64] {\n  %x = f32[16,64]{1,0} parameter(0)\n"
+        "  %s = (f32[16,64]{1,0}, u32[], token[]) send(%x), is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_rendezvous="a",_xla_megascale_transfer_type="KIND"}\n'
+        "  ROOT %d = token[] send-done(%s)\n}\n"
+    )
+    (summed,) = collectives(text.replace("KIND", "ALL_REDUCE"), mesh)
+    assert (summed.kind, summed.axes, summed.group, summed.sent) == ("all-reduce", ("data",), 2, S)
+    (gathered,) = collectives(text.replace("KIND", "ALL_GATHER"), mesh)
+    assert (gathered.kind, gathered.size, gathered.sent) == ("all-gather", 2 * S, S)
+
+
+@pytest.mark.parametrize(
+    "strategy, lanes", [("UniDirectionNDRingStrategy{colors:4 phases:2}", 4), ('"emitter":"2DAllGatherOnMajorDim"', 4), ("", 0)]
+)
+def test_directions_of_the_compilers_strategy_also_of_a_fusion_around_it(strategy, lanes, mesh):
+    text = (
+        "HloModule m\n\n%all-reduce-scatter.1 (y: f32[16,64]) -> f32[16,64] {\n  %y = f32[16,64]{1,0} parameter(0)\n"
+        "  ROOT %r = f32[16,64]{1,0} all-reduce(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add\n}\n\n"
+        "ENTRY %main (x: f32[16,64]) -> f32[4,64] {\n  %x = f32[16,64]{1,0} parameter(0)\n"
+        f"  ROOT %f = f32[4,64]{{1,0}} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={{{strategy}}}\n}}\n"
+    )
+    (found,) = collectives(text, mesh)
+    assert (found.kind, found.lanes, found.groups) == ("reduce-scatter", lanes, ((0, 1, 2, 3), (4, 5, 6, 7)))

@@ -1,0 +1,74 @@
+"""Prefill and decode without compiling: the parameters under the decoding rules, the state, FLOPs by `cost`, bytes read per token."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from effmodels.parallel import axes
+from effmodels.plan.records import Memory, Operation
+from effmodels.train import placement
+
+PREFILL = 0.6  # of the peak: matmuls and kernels together
+DECODE = 0.8  # of the memory's bandwidth: weights and states are read once per token
+BASIS = "closed form"
+
+
+def price(run, topology, what, bandwidth):
+    """(`Memory`, `Operation`s, model FLOPs of all chips) of one call for batch_size sequences of seq_len tokens.
+
+    bandwidth(axes): bytes/s that one chip sends over these mesh axes.
+    """
+    served, chip, c = _served(run), topology.chip, run.config
+    rows, tensor = served.parts("batch"), served.size(served.over("act_heads"))
+    parameters, rate = served.bytes("params"), jnp.dtype(c.model.compute_dtype).itemsize
+    state = math.ceil(run.cost.decode_state_bytes * c.batch_size / rows / tensor)
+    tokens = c.seq_len if what == "prefill" else 1
+    flops = (run.cost.prefill_flops_per_token if what == "prefill" else run.cost.decode_flops_per_token) * tokens * c.batch_size
+    stream = c.batch_size / rows * tokens * c.model.d_model * rate
+    memory = Memory(
+        available=chip.hbm, parameters=parameters, buffers=served.bytes("buffers"), activations=state,
+        temporaries=int(_cast(served, rate) + 6 * stream), program=0,
+    )  # fmt: skip
+    read = parameters + (state if what == "decode" else 0)
+    work = flops / run.chips / (chip.flops * PREFILL)
+    seconds = work if what == "prefill" else max(work, read / (chip.bandwidth * DECODE))
+    kind = "matmul" if what == "prefill" or seconds == work else "memory"
+    each = flops / run.chips
+    found = [Operation(name="layers", kind=kind, calls=1, seconds=seconds, basis=BASIS, flops=each, bytes=read, phase="forward")]
+    for over, collective, size in _travel(served, stream, rate):
+        wire = size / bandwidth(over)
+        found.append(Operation(
+            name=collective, kind="collective", calls=1, seconds=wire, basis=BASIS, exposed=wire, bytes=size, axes=over,
+            collective=collective, phase="forward",
+        ))  # fmt: skip
+    return memory, tuple(found), flops
+
+
+def _served(run):
+    """The run under the decoding rules."""
+    rules = axes.decode_rules(run.rules)
+    mesh = jax.tree.leaves(run.shardings)[0].mesh
+    return dataclasses.replace(run, rules=rules, shardings=placement.state_shardings(run.model.state, run.model.infos, mesh, rules, False))
+
+
+def _cast(run, itemsize):
+    """Bytes of the weights in the compute dtype where they are stored in another."""
+    return run.bytes("params", itemsize) if jnp.dtype(run.config.model.param_dtype).itemsize != itemsize else 0
+
+
+def _travel(run, stream, itemsize):
+    """(axes, collective, bytes that one chip sends): weights over the axes that split rows too, sums of activations over the others."""
+    rows = run.over("batch")
+    gathered, sums = {}, 0
+    for path, sharding in run.shardings.params.items():
+        split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
+        over = tuple(a for a in split if a in rows and a not in run.over("expert"))
+        if over:
+            local = math.prod(sharding.shard_shape(run.model.state.params[path].shape))
+            gathered[over] = gathered.get(over, 0) + local * itemsize * (run.size(over) - 1)
+    yield from ((over, "all-gather", size) for over, size in gathered.items())
+    tensor = run.over("act_heads")
+    if tensor:
+        sums = 2 * len(run.model.resolved.layers)
+        yield tensor, "all-reduce", 2 * sums * stream * (run.size(tensor) - 1) / run.size(tensor)

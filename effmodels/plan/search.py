@@ -1,0 +1,273 @@
+"""What would fit, and what would be fastest: mesh shapes, recomputation, micro-batches, optimiser state, ranked by the closed form.
+
+A mesh whose leanest settings do not fit is dropped with all its variants; the best few are confirmed by compiling, as far as the time goes.
+"""
+import dataclasses
+import itertools
+import time
+
+from effmodels.config import REMAT, ConfigError
+from effmodels.parallel import axes
+from effmodels.plan import abstract, closed_form, topology
+from effmodels.train.run_config import RunConfig
+
+MARGIN = 0.95  # of a chip's memory that a plan by formula may fill
+LARGEST_TENSOR = 16
+LONG_ROWS = 32_768  # tokens from which on a split sequence is tried unasked
+DEEP_PIPELINE = 512  # chips from which on stages are tried unasked
+MICRO_TOKENS = 65_536  # of one chip and micro-batch, at most
+LARGEST_SLICE = {"v4": 4096, "v5p": 8192, "v5e": 256, "v6e": 256, "7x": 8192}  # devices
+CONFIRMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """overrides: {dotted field of the config: value}. plan: by the closed form; compiled: the compiler's Plan, or None."""
+
+    overrides: dict
+    plan: object
+    compiled: object = None
+
+    @property
+    def best(self):
+        """The plan to believe."""
+        return self.compiled or self.plan
+
+    @property
+    def fits(self):
+        """By the compiler where it was asked, else by formula with a margin."""
+        memory = self.plan.memory
+        return self.compiled.fits if self.compiled else not memory.available or memory.total <= MARGIN * memory.available
+
+    @property
+    def text(self):
+        """What to paste behind the command."""
+        return " ".join(f"--config.{name}={value}" for name, value in self.overrides.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """candidates: those that fit, fastest first. tried: plans made. smallest: the smallest slice on which the config fits, or ""."""
+
+    candidates: tuple
+    tried: int
+    smallest: str
+    seconds: float
+
+
+def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
+    """`Found` for a config (mapping) on a `topology.Topology`, within about so many seconds, compilations included.
+
+    compile(config mapping with the overrides) -> Plan confirms the best ones; None: nothing is compiled. log: takes lines of progress.
+    """
+    start = time.monotonic()
+    c = RunConfig.from_mapping(config, place.platform)
+    until = start + seconds * (0.4 if compile else 0.9)
+    log(f"search: meshes of {place.chips} chips, by the closed form")
+    candidates, tried = _ranked(c, place, until, log)
+    smallest = smallest_slice(c, place, start + seconds * (0.5 if compile else 1.0)) if time.monotonic() < start + seconds else ""
+    best = [x for x in candidates if x.fits][:keep]
+    if compile:
+        best = _confirmed(config, best, compile, start + seconds, log)
+    return Found(tuple(best), tried, smallest, time.monotonic() - start)
+
+
+def apply(config, overrides):
+    """A copy of a config (ConfigDict or dict) with {dotted field: value} set."""
+    fields = config.to_dict() if hasattr(config, "to_dict") else _copied(config)
+    for name, value in overrides.items():
+        *sections, last = name.split(".")
+        node = fields
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    return fields
+
+
+def mesh_shapes(c, chips):
+    """{axis: size} of every mesh worth a plan for a RunConfig, those with the least splitting of single layers first."""
+    rules, layers = axes.make_rules(c.rules), abstract.model(c)
+
+    def divide(axis):
+        """The divisors of `chips` by which every dim that the rules split over this axis divides."""
+        sizes = {n for p, a in layers.state.params.items() for d, n in zip(layers.infos[p].dim_names, a.shape)
+                 if d not in (None, "vocab") and axis in axes.as_tuple(dict(rules)[d])}  # fmt: skip
+        return [n for n in _divisors(chips) if n == 1 or sizes and all(size % n == 0 for size in sizes)]
+
+    long, deep = c.seq_len >= LONG_ROWS or _asked(c, "seq"), chips >= DEEP_PIPELINE or _asked(c, "stage")
+    repeats = max(r for _, _, r in layers.segments)
+    limits = {
+        "tensor": [n for n in divide("tensor") if n <= LARGEST_TENSOR],
+        "expert": divide("expert"),
+        "seq": [n for n in _divisors(chips) if n == 1 or long and c.seq_len % (2 * n) == 0 and c.seq_len // n >= 1024],
+        "stage": [n for n in _divisors(chips) if n == 1 or deep and repeats % n == 0],
+    }
+    fsdp_sizes = divide("fsdp")
+    found = []
+    for tensor, expert, seq, stage in itertools.product(*limits.values()):
+        rest, used = divmod(chips, tensor * expert * seq * stage)
+        if used or not rest:
+            continue
+        for fsdp in fsdp_sizes:
+            if rest % fsdp == 0 and c.batch_size % (rest * expert) == 0:
+                found.append({"data": rest // fsdp, "fsdp": fsdp, "seq": seq, "tensor": tensor, "expert": expert, "stage": stage})
+    # The most promising first, in case the time does not suffice: no replicas of a large state, little splitting of layers.
+    return sorted(found, key=lambda m: (m["stage"], m["tensor"] * m["seq"], m["expert"], m["data"]))
+
+
+def smallest_slice(c, place, until):
+    """The name of the smallest slice of the same chip (one slice) on which the leanest settings fit, or ""."""
+    found = ""
+    for other in _slices(place):
+        if time.monotonic() > until:
+            break
+        for mesh in mesh_shapes(c, other.chips):
+            plan = _plan(_lean(_on(c, mesh)), other)
+            if plan is not None and Candidate({}, plan).fits:
+                return other.name
+            if time.monotonic() > until:
+                break
+    return found
+
+
+def _ranked(c, place, until, log):
+    """([Candidate], plans made): every variant of every mesh that fits at all, fastest first.
+
+    First all meshes at their least memory, then the variants of the fastest ones: whenever the time is up, the best so far are known.
+    """
+    meshes, tried, found = mesh_shapes(c, place.chips), 0, []
+
+    def plans(variants, what):
+        nonlocal tried
+        for variant in variants:
+            if time.monotonic() > until:
+                log(f"search: the time is up among {what}")
+                return
+            plan, tried = _plan(variant, place), tried + 1
+            if plan is not None:
+                yield variant, Candidate(_overrides(c, variant), plan)
+
+    lean = [(v, x) for v, x in plans((_lean(_on(c, mesh)) for mesh in meshes), f"the {len(meshes)} meshes") if x.fits]
+    lean.sort(key=lambda pair: pair[1].plan.seconds)
+    found = [x for _, x in lean]
+    log(f"search: {len(found)} of {len(meshes)} meshes fit at their least memory")
+    for remat in dict.fromkeys((c.model.remat, "full", *REMAT)):
+        variants = (v for one, _ in lean for v in _variants(one, remat))
+        found += [x for _, x in plans(variants, f"the variants with remat={remat}")]
+    if not found:  # what changes the arithmetic is tried last
+        found = [x for _, x in plans((_half_precision(_lean(_on(c, mesh))) for mesh in meshes), "sums in bfloat16")]
+    unique = list({x.text: x for x in found}.values())
+    log(f"search: {tried} plans in closed form, {sum(x.fits for x in unique)} fit")
+    return sorted(unique, key=lambda x: x.plan.seconds), tried
+
+
+def _variants(c, remat):
+    """The settings of one mesh under one remat policy."""
+    sizes = c.mesh
+    rows = axes.parts("batch", sizes, axes.make_rules(c.rules))
+    micros = [m for m in _doublings(rows, c.batch_size) if c.batch_size % m == 0 and m // rows * c.seq_len // sizes["seq"] <= MICRO_TOKENS]
+    zeros, rounds = (False, True) if sizes["data"] > 1 else (False,), (1, 2) if sizes["stage"] > 1 else (1,)
+    for micro, zero1, number in itertools.product(micros or [rows], zeros, rounds):
+        yield _with(c, remat=remat, micro=micro, zero1=zero1, rounds=number)
+
+
+def _lean(c):
+    """The same mesh at its least memory."""
+    rows = axes.parts("batch", c.mesh, axes.make_rules(c.rules))
+    return _with(c, remat="full", micro=rows, zero1=c.mesh["data"] > 1, rounds=1)
+
+
+def _half_precision(c):
+    """With sums of gradients, and the first moment where the optimiser has one, in bfloat16."""
+    optim = dict(c.optim)
+    if optim.get("name") in ("adamw", "adam", "lion"):
+        optim["options"] = {**(optim.get("options") or {}), "mu_dtype": "bfloat16"}
+    return dataclasses.replace(c, optim=optim, train=dataclasses.replace(c.train, accumulate_dtype="bfloat16"))
+
+
+def _with(c, *, remat, micro, zero1, rounds):
+    return dataclasses.replace(
+        c, model=dataclasses.replace(c.model, remat=remat), train=dataclasses.replace(c.train, remat=remat, micro_batch_size=micro),
+        parallel=dataclasses.replace(c.parallel, zero1=zero1, rounds=rounds),
+    )  # fmt: skip
+
+
+def _on(c, mesh):
+    return dataclasses.replace(c, mesh=mesh)
+
+
+def _plan(c, place):
+    """The closed form's Plan, or None where the settings do not go together."""
+    try:
+        c.check()
+        return closed_form.price(abstract.place(c, place), place)
+    except ConfigError:
+        return None
+
+
+def _overrides(before, after):
+    """{dotted field: value} that turn one RunConfig into the other; the whole mesh is always said."""
+    found = {f"mesh.{axis}": size for axis, size in after.mesh.items() if size > 1 or _asked(before, axis)}
+    pairs = {
+        "train.remat": (before.train.remat, after.train.remat),
+        "train.micro_batch_size": (before.train.micro_batch_size, after.train.micro_batch_size),
+        "train.accumulate_dtype": (before.train.accumulate_dtype, after.train.accumulate_dtype),
+        "parallel.zero1": (before.parallel.zero1, after.parallel.zero1),
+        "parallel.rounds": (before.parallel.rounds, after.parallel.rounds),
+    }
+    found |= {name: new for name, (old, new) in pairs.items() if new != old}
+    old, new = (dict(x.optim.get("options") or {}) for x in (before, after))
+    return found | {f"optim.options.{k}": v for k, v in new.items() if old.get(k) != v}
+
+
+def _confirmed(config, candidates, compile, until, log):
+    """The candidates with the compiler's plan for the best ones, those that fit by it first."""
+    done, longest = [], 0.0
+    for number, candidate in enumerate(candidates[:CONFIRMED]):
+        begin = time.monotonic()
+        if begin + longest > until:
+            log("search: no time left to compile the next one")
+            break
+        log(f"search: compiling {number + 1} of {min(CONFIRMED, len(candidates))}: {candidate.text}")
+        compiled = compile(apply(config, candidate.overrides))
+        longest = max(longest, time.monotonic() - begin)
+        done.append(dataclasses.replace(candidate, compiled=compiled))
+        verdict = "fits" if compiled.fits else "does not fit"
+        log(f"search: {verdict}; a step takes {compiled.seconds:.3g} s by the compiler, {candidate.plan.seconds:.3g} s by formula")
+    rest = candidates[len(done) :]
+    return sorted((x for x in done if x.fits), key=lambda x: x.best.seconds) + rest
+
+
+def _slices(place):
+    """Single slices of the same chip by size, as topologies."""
+    name = place.chip.name
+    if place.platform != "tpu":
+        kind = place.name.rpartition(":")[0]
+        yield from (topology.parse(f"{kind}:{2**k}") for k in range(13))
+        return
+    for k in range(14):
+        number = 2**k
+        if number <= LARGEST_SLICE.get(name, 4096):
+            try:
+                yield topology.parse(f"{name}-{number}")
+            except ConfigError:
+                continue
+
+
+def _asked(c, axis):
+    """Whether a config asks for anything but one along this axis."""
+    return c.mesh.get(axis, -1 if axis == "data" else 1) != 1
+
+
+def _doublings(first, last):
+    while first <= last:
+        yield first
+        first *= 2
+
+
+def _divisors(n):
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _copied(value):
+    return {k: _copied(v) for k, v in value.items()} if hasattr(value, "items") else value

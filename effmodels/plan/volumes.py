@@ -1,0 +1,267 @@
+"""What travels over each mesh axis in one training step, by formula (docs/parallel.md): no program, any mixer.
+
+An axis that splits a weight and the rows: the weight is gathered (ZeRO-3). One that splits the rows only: gradients are summed. One that
+splits a weight only: activations are summed (arXiv:1909.08053). Over a split sequence a mixer sends its state, whose size its `cost` says.
+Letters: g chips of a group, M micro-batches, D model, n shards of an axis.
+"""
+import dataclasses
+import math
+import re
+
+import jax.numpy as jnp
+
+from effmodels.channel.moe import capacity
+from effmodels.parallel import axes, exchange, layouts, pipeline
+from effmodels.parallel.state_passing import LARGEST_RING
+
+_PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
+GRADIENT_OVERHEAD = 1.03  # scattered gradients are padded where a fusion's pieces overlap: 1 to 5 % in programs for TPU v4
+PIPED_OVERHEAD = 1.5  # in a pipeline the compiler sums some gradients whole instead: half of them in the one program looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A collective. bytes: sent by one chip, of one call."""
+
+    axes: tuple
+    collective: str
+    bytes: float
+    calls: int
+    layer: str
+    phase: str
+
+
+def volumes(run):
+    """The `Volume`s of one step of an `abstract.Run`, equal ones added up; empty on one chip."""
+    found = {}
+    for v in (*_weights(run), *_update(run), *_activations(run), *_experts(run), *_sequence(run), *_stages(run)):
+        key = v.axes, v.collective, v.calls, v.layer, v.phase
+        if v.axes and v.bytes:
+            found[key] = found.get(key, 0.0) + v.bytes
+    return tuple(Volume(a, c, b, n, layer, phase) for (a, c, n, layer, phase), b in found.items())
+
+
+def label(part):
+    """The layer kind of a mixer or channel mixer, as operations are labelled."""
+    return part.cls.__name__.lower()
+
+
+def calls(run):
+    """How often the layers of one chip run in a step: micro-batches, or ticks of the pipeline's rounds."""
+    if run.stages == 1:
+        return run.micro_batches
+    return pipeline.schedule(run.stages, run.micro_batches, run.options.rounds).ticks
+
+
+def recomputes(run, name):
+    """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
+    remat = run.config.model.remat
+    if remat in ("none", "dots", "dots_no_batch"):
+        return remat != "none" and name == "kernel"
+    return name not in remat.partition(":")[2].split(",")
+
+
+def _weights(run):
+    """Gathers of weights, and sums or scatters of their gradients."""
+    c, rows = run.config.model, run.over("batch", "seq")
+    compute, state = jnp.dtype(c.compute_dtype).itemsize, run.model.state.params
+    stay = run.over("expert") if travels(run) else ()
+    for path, array in state.items():
+        sharding, info, place = run.shardings.params[path], run.model.infos[path], _PLACE.match(path)
+        split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
+        gathered = tuple(a for a in split if a in rows and a not in stay)
+        summed = tuple(a for a in rows if a not in split)
+        layer, repeats, piped = _owner(run, place, path), 1, False
+        if place:
+            start, period, repeats = run.model.segments[int(place[1])]
+            piped = run.stages > 1 and repeats > 1
+            repeats //= run.stages if piped else 1
+        each = math.prod(sharding.shard_shape(array.shape)) // repeats
+        g, r = run.size(gathered), run.size(summed)
+        times = repeats * calls(run)
+        if place is None and "vocab" in info.dim_names:
+            yield from _table(run, path, each, gathered, summed)
+            continue
+        experts = "expert" in info.batch_dims
+        # Between the recomputation and the gradients of a longer period the compiler drops what it gathered, but for experts' weights.
+        again = ("recomputed",) if place and (piped or period > 1 and not experts) and run.config.model.remat != "none" else ()
+        for phase in ("forward", *again, "backward"):
+            yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
+        overhead = PIPED_OVERHEAD if piped else GRADIENT_OVERHEAD if place else 1.0
+        yield Volume(gathered, "reduce-scatter", each * compute * (g - 1) * overhead, times, layer, "backward")
+        yield Volume(summed, "all-reduce", 2 * each * compute * (r - 1) / r, times, layer, "backward")
+
+
+def _table(run, path, each, gathered, summed):
+    """The embedding and the head: both uses of a tied table have a gradient, the lookup's in the compute dtype, the head's in float32."""
+    c, m = run.config.model, run.micro_batches
+    compute, g, r = jnp.dtype(c.compute_dtype).itemsize, run.size(gathered), run.size(summed)
+    tied, is_head = c.tie_embeddings, path == "head"
+    slots = m if run.stages == 1 else -(-m // run.stages)
+    # The lookup's copy is gathered once per step; the head's once per micro-batch, the same one where there is one micro-batch.
+    gathers = slots if is_head else 1 + (slots if tied and slots > 1 else 0)
+    yield Volume(gathered, "all-gather", each * compute * (g - 1), gathers, "head" if is_head else "embed", "forward")
+    for layer, itemsize, used in (("embed", compute, not is_head), ("head", 4, is_head or tied)):
+        if used and run.stages > 1:  # each stage has micro-batches of its own, and gradients of the whole table are summed over all
+            over = tuple(a for a in axes.MESH_AXES if a in {*run.over("stage"), *gathered, *summed})
+            n = run.size(over)
+            yield Volume(over, "all-reduce", 2 * each * g * itemsize * (n - 1) / n, slots, layer, "backward")
+        elif used:
+            yield Volume(gathered, "reduce-scatter", each * itemsize * (g - 1), m, layer, "backward")
+            yield Volume(summed, "all-reduce", 2 * each * itemsize * (r - 1) / r, m, layer, "backward")
+
+
+def _update(run):
+    """ZeRO-1: every replica updates its part of the parameters, and they are gathered."""
+    if not run.options.zero1 or run.sizes["data"] == 1:
+        return
+    n = run.sizes["data"]
+    yield Volume(("data",), "all-gather", run.bytes("params") * (n - 1) / n, 1, "optimizer", "update")
+
+
+def _activations(run):
+    """Sums of [rows, time, D] over the axes that split weights but not rows."""
+    c, rows = run.config.model, run.over("batch", "seq")
+    compute = jnp.dtype(c.compute_dtype).itemsize
+    whole = run.rows * run.time * c.d_model * compute
+    for index, (start, period, repeats) in enumerate(run.model.segments):
+        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        forward = []
+        for place in range(period):
+            kind = run.model.resolved.layers[start + place]
+            for name in ("mixer", "channel"):
+                into, out = _matrix_axes(run, f"segments.{index}.blocks.{place}.{name}.", rows)
+                part = label(getattr(kind, name))
+                forward += [(into, part)] if into else []
+                yield from _sum(run, into, whole, times, part, "forward")
+                yield from _sum(run, out, whole, times, part, "backward")
+        if recomputes(run, "embed"):  # nobody needs the last one again
+            for into, part in forward[:-1]:
+                yield from _sum(run, into, whole, times, part, "recomputed")
+    over = tuple(a for a in run.over("vocab") if a not in rows)
+    if over and c.vocab_size % run.size(over) == 0:
+        wide = jnp.dtype(c.param_dtype).itemsize / compute
+        for layer, phase, size in (("embed", "forward", whole), ("embed", "backward", whole * wide), ("head", "backward", whole)):
+            yield from _all_reduce(run, over, size, run.micro_batches, layer, phase)
+
+
+def _matrix_axes(run, prefix, rows):
+    """(axes over which results are partial sums, axes over which gradients of the input are) of the weights with this prefix."""
+    into, out = set(), set()
+    for path in run.model.state.params:
+        if path.startswith(prefix):
+            info, spec = run.model.infos[path], run.shardings.params[path].spec
+            for dim, part in zip(info.dim_names, spec):
+                mine = {a for a in axes.as_tuple(part) if a not in rows and run.sizes[a] > 1}
+                if info.is_matrix and dim not in info.batch_dims:
+                    (into if dim in info.in_dims else out).update(mine)
+    return tuple(a for a in axes.MESH_AXES if a in into), tuple(a for a in axes.MESH_AXES if a in out)
+
+
+def _sum(run, over, whole, times, layer, phase):
+    """One sum of activations; with the residual stream split over the same axes (arXiv:2205.05198) a scatter and a gather."""
+    if not over or set(over) <= set(run.over("res_seq")):
+        n = run.size(over)
+        for collective in ("reduce-scatter", "all-gather"):
+            yield Volume(over, collective, whole * (n - 1) / n, times, layer, phase)
+    else:
+        yield from _all_reduce(run, over, whole, times, layer, phase)
+
+
+def _all_reduce(run, over, whole, times, layer, phase):
+    n = run.size(over)
+    yield Volume(over, "all-reduce", 2 * whole * (n - 1) / n, times, layer, phase)
+
+
+def travels(run):
+    """Whether tokens go to experts of other chips (else the weights come to the tokens)."""
+    return bool(run.over("expert")) and run.options.experts != "gather"
+
+
+def pair_rows(run, config):
+    """(form, rows that a pair of expert shards has room for) of a MoE's Config; None where no token travels."""
+    over = run.over("expert")
+    if not travels(run):
+        return None
+    form = run.options.experts if run.options.experts != "auto" else "padded" if run.platform == "cpu" else "ragged"
+    limit = config.capacity_factor and capacity(config, run.config.seq_len)
+    local = run.rows, run.time, config.top_k, config.num_experts, run.size(over)
+    return form, exchange.pair_rows(*local, capacity=limit, recv_bound=run.options.recv_bound)
+
+
+def _experts(run):
+    """Rows to their experts and back: forward, recomputed, and their gradients."""
+    over, c = run.over("expert"), run.config.model
+    for part, times in parts(run, "channel"):
+        room = pair_rows(run, part.config) if part.cls.reports_load else None
+        if room is None:
+            continue
+        n, row = run.size(over), c.d_model * jnp.dtype(c.compute_dtype).itemsize
+        rows = n * room[1] if room[0] == "padded" else run.rows * run.time * part.config.top_k
+        kind = "all-to-all" if room[0] == "padded" else "ragged-all-to-all"
+        for phase in ("forward", *(("recomputed",) if run.config.model.remat != "none" else ()), "backward"):
+            yield Volume(over, kind, 2 * rows * row * (n - 1) / n, times, label(part), phase)
+
+
+def _sequence(run):
+    """What mixers send over a split sequence: keys and values where the state grows with the length, else the state."""
+    over, c = run.over("seq"), run.config.model
+    if not over:
+        return
+    compute, n = jnp.dtype(c.compute_dtype).itemsize, run.size(over)
+    for part, times in parts(run, "mixer"):
+        again = ("recomputed",) if recomputes(run, "kernel") else ()
+        sent = keys(run, part)
+        if not sent:
+            state = run.rows * _state_bytes(run, part, 1) / run.size(run.over("act_heads"))
+            stretches = layouts.runs(run.options.layout) or 1
+            form = run.options.states if run.options.states != "auto" else "ring" if n <= LARGEST_RING else "log"
+            messages = stretches * (n - 1 if form == "ring" else 1 + math.ceil(math.log2(max(1, n - 1))))
+            for phase in ("forward", *again, "backward"):
+                yield Volume(over, "collective-permute", messages * state, times, label(part), phase)
+            continue
+        if run.options.attention == "ring":
+            hops = len(layouts.shifts(run.options.layout, run.config.seq_len, n, getattr(part.config, "window", None))) - 1
+            for phase, share in (("forward", 1.0), *((p, 1.0) for p in again), ("backward", 1.0 + 4 / compute)):
+                yield Volume(over, "collective-permute", hops * sent * share, times, label(part), phase)
+        else:
+            for phase in ("forward", *again):
+                yield Volume(over, "all-gather", sent * (n - 1), times, label(part), phase)
+            yield Volume(over, "reduce-scatter", sent * (n - 1), times, label(part), "backward")
+
+
+def keys(run, part):
+    """Bytes of one chip's keys and values (and their documents), of a mixer whose state grows with the length; 0 of any other."""
+    one, two = (_state_bytes(run, part, length) for length in (1, 2))
+    return run.rows * run.time * (two - one) / run.size(run.over("act_heads"))
+
+
+def _state_bytes(run, part, length):
+    itemsize = jnp.dtype(run.config.model.compute_dtype).itemsize
+    return part.cls.cost(part.config, run.model.resolved.env, length, itemsize).state_bytes
+
+
+def _stages(run):
+    """A tick's result to the next stage, and the two queues of micro-batches that move by one."""
+    over = run.over("stage")
+    if not over:
+        return
+    c = run.config.model
+    one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize
+    for phase in ("forward", "backward"):
+        yield Volume(over, "collective-permute", 3 * one, calls(run), "", phase)
+
+
+def parts(run, name):
+    """(part, how often it runs in a step) of every place in every period."""
+    for start, period, repeats in run.model.segments:
+        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        for place in range(period):
+            yield getattr(run.model.resolved.layers[start + place], name), times
+
+
+def _owner(run, place, path):
+    if place is None:
+        return "embed" if path == "embed" else "head" if path == "head" else "norm"
+    start, _, _ = run.model.segments[int(place[1])]
+    return label(getattr(run.model.resolved.layers[start + int(place[2])], place[3]))

@@ -1,0 +1,173 @@
+"""The closed form against what training holds, against traced programs, and, where libtpu is installed, against the compiler."""
+
+import jax
+import pytest
+
+from configs import common, quickstart
+from effmodels.config import ConfigError
+from effmodels.mixers import registry
+from effmodels.mixers.retention import Retention
+from effmodels.parallel import layouts, pipeline
+from effmodels.plan import abstract, chips, closed_form, executed, records, topology, volumes
+from effmodels.plan.collectives import collectives
+from effmodels.plan.topology import Topology
+from effmodels.train import budget
+from effmodels.train.setup import Setup
+
+CPU = chips.measured("cpu", 1e11, 1e10)
+
+
+class Halved(Retention):
+    """A mixer that the planner has never heard of."""
+
+
+def cpus(number):
+    return Topology(f"cpu:{number}", CPU, (number,), number, 1, (False,))
+
+
+def small(**parallel):
+    """Eight layers of both mixers and both channel mixers, with sizes that every axis divides."""
+    c = quickstart.get_config("test")
+    c.batch_size, c.train.micro_batch_size, c.model.num_layers = 16, 8, 8
+    for name, value in parallel.items():
+        setattr(c.parallel, name, value)
+    return c
+
+
+MESHES = [
+    ({"data": 2, "fsdp": 4}, {"zero1": True}),
+    ({"data": 1, "tensor": 2, "expert": 4}, {}),
+    ({"data": 1, "seq": 2, "stage": 2, "fsdp": 2}, {}),
+]
+
+
+@pytest.mark.parametrize("mesh, parallel", MESHES, ids=str)
+def test_the_state_is_what_training_holds(mesh, parallel):
+    c = small(**parallel)
+    plan = closed_form.plan(c, cpus(8), mesh)
+    c.mesh.update(mesh)
+    setup = Setup(c, lambda text: None, jax.devices()[:8])
+    for name, part in (("parameters", "params"), ("optimizer", "opt_state"), ("buffers", "buffers")):
+        held = budget.tree_bytes(getattr(setup.abstract_state, part), getattr(setup.shardings, part))
+        assert getattr(plan.memory, name) == held > 0, name
+    rows = abstract.run(small(**parallel), cpus(8), mesh)
+    assert (rows.micro_batch, rows.options) == (setup.micro_batch, setup.options)
+    assert plan.checkpoint_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(setup.abstract_state))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_are_those_of_the_traced_step(remat):
+    """Within 2 %, also what is recomputed. Without experts, whose rows the form for CPUs pads to blocks of more than this model has."""
+    c = small()
+    c.model.channel, c.model.channels = ("mlp",), {"mlp": c.model.channels.mlp.to_dict()}
+    c.train.remat, c.train.accumulation = remat, "scan"
+    setup = Setup(c, lambda text: None, jax.devices()[:1])
+    traced = executed.flops(setup.trace("train_step", c.seq_len).jaxpr)[0]
+    plan = closed_form.plan(c, cpus(1))
+    assert plan.executed_flops == pytest.approx(traced, rel=0.02)
+    assert plan.model_flops == setup.cost.train_flops_per_token * c.seq_len * c.batch_size
+
+
+def test_more_chips_never_need_more_memory_per_chip():
+    c = small()
+    needed = [closed_form.plan(c, cpus(n), {"data": 1, "fsdp": n}).memory for n in (1, 2, 4, 8)]
+    for name in ("total", "parameters", "optimizer", "gradients", "activations", "temporaries", "batch"):
+        values = [getattr(m, name) for m in needed]
+        assert values == sorted(values, reverse=True), name
+
+
+def test_recomputation_and_smaller_micro_batches_need_less():
+    def activations(remat, micro):
+        c = small()
+        c.train.remat, c.train.micro_batch_size = remat, micro
+        return closed_form.plan(c, cpus(1)).memory.activations
+
+    assert activations("none", 8) > activations("dots", 8) > activations("full", 8) == 2 * activations("full", 4)
+
+
+def test_a_pod_of_described_chips_needs_no_devices():
+    """4,096 chips over all axes but the sequence's, and a GPU's eight; to JSON and back."""
+    c = small()
+    c.batch_size, c.train.micro_batch_size = 8192, 1024
+    pod = closed_form.plan(c, topology.parse("v4:16x16x16"), {"data": 256, "fsdp": 2, "tensor": 2, "expert": 2, "stage": 2}, name="pod")
+    assert pod.bubble == pipeline.bubble_share(2, 8) and pod.chips == 4096 and pod.method == "fast" and pod.seconds > pod.bound > 0
+    assert {o.basis for o in pod.operations} == {"closed form"} and {o.kind for o in pod.operations} <= set(records.KINDS)
+    assert {axis for o in pod.operations for axis in o.axes} == {"data", "fsdp", "tensor", "expert", "stage"}
+    assert records.from_json(records.to_json(pod)) == pod
+    gpu = closed_form.plan(small(), topology.parse("gpu:h200:8"), {"data": 2, "seq": 4})
+    assert gpu.chip == "h200" and gpu.fits
+    layout = abstract.run(small(), topology.parse("gpu:h200:8"), {"data": 2, "seq": 4}).options.layout
+    assert gpu.imbalance == pytest.approx(1 - layouts.balance(layout, 64, 4, 16)) and gpu.imbalance > 0
+
+
+def test_a_new_mixer_needs_no_edit_of_the_planner(monkeypatch):
+    monkeypatch.setitem(registry.MIXERS, "halved", f"{__name__}:Halved")
+    c = small()
+    known = closed_form.plan(c, cpus(4), {"data": 1, "seq": 2, "tensor": 2})
+    c.model.pattern, c.model.mixers = ("halved", "attention"), {**c.model.mixers.to_dict(), "halved": c.model.mixers.retention.to_dict()}
+    del c.model.mixers["retention"]
+    plan = closed_form.plan(c, cpus(4), {"data": 1, "seq": 2, "tensor": 2})
+    assert plan.memory == known.memory and plan.executed_flops == known.executed_flops
+    assert "halved" in {o.layer for o in plan.operations} and any("halved" in note for note in plan.notes)
+    sent = [sum(o.calls * o.bytes for o in p.operations if o.kind == "collective") for p in (known, plan)]
+    assert sent[0] == pytest.approx(sent[1])
+
+
+def test_serving_holds_the_state_of_its_rows():
+    c = small()
+    run = abstract.run(c, cpus(4), {"data": 2, "tensor": 2})
+    prefill, decode = (closed_form.plan(c, cpus(4), {"data": 2, "tensor": 2}, what) for what in ("prefill", "decode"))
+    assert decode.memory.activations == prefill.memory.activations == run.cost.decode_state_bytes * 16 / 2 / 2
+    assert decode.model_flops == run.cost.decode_flops_per_token * 16 and decode.tokens == 16
+    assert prefill.model_flops == run.cost.prefill_flops_per_token * 16 * c.seq_len
+    with pytest.raises(ValueError, match="expected train, prefill or decode"):
+        closed_form.plan(c, cpus(4), what="serve")
+    with pytest.raises(ConfigError, match="cannot be split over"):
+        closed_form.plan(c, cpus(6), {"data": 6})
+
+
+# Against the compiler, four chips of TPU v4: (mesh, other fields).
+CASES = {
+    "fsdp": ({"fsdp": 4}, {}),
+    "accumulated": ({"fsdp": 4}, {"batch_size": 64}),
+    "tensor": ({"tensor": 4}, {}),
+    "mixture": ({"fsdp": 4}, {"pattern": ("retention", "attention"), "channel": ("moe",)}),
+}
+
+
+def wide(mesh, batch_size=16, **model):
+    """Wide enough that the chip's own memory (CMEM) and small arrays matter little."""
+    c = common.base()
+    c.batch_size, c.seq_len = batch_size, 2048
+    moe = "channel" in model
+    mixers = {"attention": {"num_heads": 16}} | ({"retention": {"num_heads": 8, "head_dim": 128, "value_dim": 256}} if moe else {})
+    channels = {"moe": {"num_experts": 8, "top_k": 2, "hidden": 1024}} if moe else {"mlp": {"hidden": 8192}}
+    model = {"pattern": ("attention",), "channel": ("mlp",), "mixers": mixers, "channels": channels} | model
+    c.model = common.model(vocab_size=32_768, d_model=2048, num_layers=4, tie_embeddings=True, compute_dtype="auto", **model)
+    c.mesh.data, c.train.remat, c.train.micro_batch_size, c.train.accumulation = 1, "full", 16, "scan"
+    c.mesh.update(mesh)
+    return c
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_compiler(name):
+    """Memory within 10 %, FLOPs within 2 %, bytes per axis within 5 %."""
+    c, place = wide(CASES[name][0], **CASES[name][1]), topology.parse("v4:2x2x1")
+    plan = closed_form.plan(c, place)
+    setup = Setup(c, lambda text: None, place.devices())
+    with setup.context():
+        traced = setup.trace("train_step", c.seq_len)
+        compiled = traced.lower().compile()
+    # peak_memory: what is alive at once; temp_size adds the chip's own memory (CMEM) to what is in HBM.
+    assert plan.memory.total - plan.memory.program == pytest.approx(compiled.memory_analysis().peak_memory_in_bytes, rel=0.10)
+    assert plan.executed_flops == pytest.approx(executed.flops(traced.jaxpr)[0], rel=0.02)
+    sent, formula = {}, {}
+    for found in collectives(compiled, setup.mesh):
+        sent[found.axes] = sent.get(found.axes, 0.0) + found.sent
+    for v in volumes.volumes(abstract.run(c, place)):
+        formula[v.axes] = formula.get(v.axes, 0.0) + v.bytes * v.calls
+    assert sent.keys() == formula.keys() and all(formula[a] == pytest.approx(sent[a], rel=0.05) for a in sent)
+
+

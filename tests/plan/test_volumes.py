@@ -1,0 +1,101 @@
+"""What travels by formula, counted by hand from the sizes of a small model (docs/parallel.md)."""
+import math
+
+import pytest
+
+from configs import common
+from effmodels.plan import abstract, chips, volumes
+from effmodels.plan.topology import Topology
+
+CPU = chips.measured("cpu", 1e11, 1e10)
+B, T, D, L, F, V, K, H = 8, 64, 32, 4, 128, 256, 2, 8  # rows of a step, tokens, widths, layers, vocabulary, kv heads and their size
+ATTENTION, MLP = D * 4 * H * 2 + D * K * H * 2, 3 * D * F
+
+
+def total(mesh, chips_=4, **fields):
+    """{(axes, collective): bytes that one chip sends in a step}."""
+    c = common.base()
+    c.batch_size, c.seq_len = B, T
+    model = {"pattern": ("attention",), "mixers": {"attention": {"num_heads": 4, "num_kv_heads": K}}, "channels": {"mlp": {"hidden": F}}}
+    c.model = common.model(vocab_size=V, d_model=D, num_layers=L, tie_embeddings=True, **model | fields.pop("model", {}))
+    c.train.micro_batch_size, c.train.remat = B, fields.pop("remat", "none")
+    c.parallel.update(fields.pop("parallel", {}))
+    c.rules.update(fields.pop("rules", {}))
+    c.mesh.update({"data": 1, **mesh})
+    found = {}
+    for v in volumes.volumes(abstract.run(c, Topology("cpu", CPU, (chips_,), chips_, 1, (False,)))):
+        found[v.axes, v.collective] = found.get((v.axes, v.collective), 0) + v.bytes * v.calls
+    return found
+
+
+def test_one_chip_sends_nothing():
+    assert total({}, 1) == {}
+
+
+def test_zero_3_gathers_weights_twice_and_scatters_gradients_once():
+    """3 (n - 1) / n of the parameters (arXiv:1910.02054); the tied table is gathered once and has two gradients; norms are summed whole."""
+    layers, table, norms = 4 * L * (ATTENTION + MLP), 4 * V * D, 4 * D
+    found = total({"fsdp": 4})
+    assert found[("fsdp",), "all-gather"] == 3 / 4 * (2 * layers + table)
+    assert found[("fsdp",), "reduce-scatter"] == pytest.approx(3 / 4 * (volumes.GRADIENT_OVERHEAD * layers + 2 * table))
+    assert found[("fsdp",), "all-reduce"] == 2 * 3 / 4 * norms * (2 * L + 1)
+    assert len(found) == 3
+
+
+def test_replicas_sum_gradients_and_zero_1_gathers_what_it_updated():
+    parameters = 4 * (L * (ATTENTION + MLP + 2 * D) + D + V * D)
+    assert total({"data": 4}) == {(("data",), "all-reduce"): 2 * 3 / 4 * (parameters + 4 * V * D)}
+    assert total({"data": 4}, parallel={"zero1": True})[("data",), "all-gather"] == 3 / 4 * parameters
+
+
+@pytest.mark.parametrize("remat, sums", [("none", 4 * L), ("full", 5 * L)])
+def test_tensor_parallel_sums_activations(remat, sums):
+    """Two sums a layer and direction, one of them again; the table's lookup and its gradient, and the head's (arXiv:1909.08053)."""
+    found = total({"tensor": 2}, 2, remat=remat)
+    activations = 4 * B * T * D
+    assert found == {(("tensor",), "all-reduce"): 2 * 1 / 2 * activations * (sums + 3)}
+    split = total({"tensor": 2}, 2, remat=remat, rules={"res_seq": "seq,tensor"})
+    assert split[("tensor",), "all-gather"] == split[("tensor",), "reduce-scatter"] == 1 / 2 * activations * sums
+
+
+@pytest.mark.parametrize("window, hops", [(None, 3), (8, 1)])
+def test_a_ring_sends_keys_forward_and_keys_and_gradients_back(window, hops):
+    attention = {"mixers": {"attention": {"num_heads": 4, "num_kv_heads": K, "window": window}}}
+    found = total({"seq": 4}, model=attention, parallel={"layout": "contiguous"})
+    pair = L * B * T / 4 * 2 * K * H * 4
+    assert found[("seq",), "collective-permute"] == pytest.approx(hops * 3 * pair, rel=0.05)  # and the documents of the keys
+    gathered = total({"seq": 4}, parallel={"attention": "all_gather"})
+    assert gathered[("seq",), "all-gather"] == pytest.approx(3 * pair, rel=0.05)
+
+
+@pytest.mark.parametrize("states, messages", [("ring", 7), ("log", 1 + 3)])
+def test_states_pass_in_messages(states, messages):
+    retention = {"pattern": ("retention",), "mixers": {"retention": {"num_heads": 4, "head_dim": 8, "value_dim": 16}}}
+    found = total({"seq": 8}, 8, model=retention, parallel={"states": states})
+    assert found[("seq",), "collective-permute"] == messages * B * 4 * 8 * 16 * 4 * 2 * L
+
+
+@pytest.mark.parametrize("experts, rows", [("padded", 2 * (B // 2) * T), ("ragged", B // 2 * T * 2), ("gather", None)])
+def test_tokens_travel_to_experts_and_back(experts, rows):
+    """Two trips forward and two back; the worst case is every token at one of two shards, each with two of four experts."""
+    moe = {"channel": ("moe",), "channels": {"moe": {"num_experts": 4, "top_k": 2, "hidden": 16}}}
+    found = total({"expert": 2}, 2, model=moe, parallel={"experts": experts})
+    kind = {"padded": "all-to-all", "ragged": "ragged-all-to-all"}.get(experts)
+    if rows is None:
+        assert found[("expert",), "all-gather"] == 2 * L * 1 / 2 * 4 * 4 * 3 * D * 16
+    else:
+        room = rows * (2 if experts == "padded" else 1)  # twice the experts of a token may be at one shard
+        assert found[("expert",), kind] == 4 * L * 1 / 2 * room * 4 * D
+        assert (("expert",), "all-gather") not in found
+
+
+def test_stages_pass_what_they_computed_at_every_tick():
+    found = total({"stage": 2}, 2)
+    ticks = 1 + 2 - 1
+    assert found[("stage",), "collective-permute"] == 2 * 3 * ticks * 4 * B * T * D
+
+
+def test_what_is_kept_by_name_is_not_summed_again():
+    full, named = (total({"tensor": 2}, 2, remat=remat)[("tensor",), "all-reduce"] for remat in ("full", "save:embed"))
+    assert full - named == 2 * 1 / 2 * 4 * B * T * D * L
+    assert math.isclose(named, total({"tensor": 2}, 2)[("tensor",), "all-reduce"])
