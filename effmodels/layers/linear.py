@@ -8,13 +8,14 @@ from jax.ad_checkpoint import checkpoint_name
 from effmodels.parallel.axes import current_mesh
 
 
-def dot(spec, x, weight, dtype=None):
+def dot(spec, x, weight, dtype=None, arrange=None):
     """einsum(spec, x, weight) in x's dtype (the compute dtype); `weight` is a Param or an array, cast on the way in.
 
     spec: "BTD,DNH->BTNH", activations first. Sums run in float32 where the hardware multiplies in less. dtype: of the result (default x's).
-    For `train.remat` the result has the name of the weight's first output dim ("heads", "mlp", ...).
+    arrange: a function of the weight in the compute dtype that reorders its columns. For `train.remat` the result has the name of the
+    weight's first output dim ("heads", "mlp", ...).
     """
-    return named(_product(spec, x, weight, dtype), _output_dim(spec, weight))
+    return named(_product(spec, x, weight, dtype, arrange), _output_dim(spec, weight))
 
 
 def named(x, name):
@@ -22,8 +23,9 @@ def named(x, name):
     return x if name is None else checkpoint_name(x, name)
 
 
-def _product(spec, x, weight, dtype):
+def _product(spec, x, weight, dtype, arrange):
     w = (weight if isinstance(weight, jnp.ndarray) else weight[...]).astype(x.dtype)
+    w = w if arrange is None else arrange(w)
     inputs = _matrix_inputs(spec)
     if inputs is None or current_mesh() is not None:
         return jnp.einsum(spec, x, w, preferred_element_type=dtype)
@@ -36,7 +38,7 @@ def _product(spec, x, weight, dtype):
 
 def _output_dim(spec, weight):
     """The dim name of the weight's first dim that is in the result; None of a bare array."""
-    info = None if isinstance(weight, jnp.ndarray) else weight.get_metadata().get("info")
+    info = getattr(weight, "get_metadata", dict)().get("info")
     operands, result = spec.split("->")
     letters = operands.split(",")[1]
     if info is None:

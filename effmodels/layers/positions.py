@@ -16,6 +16,15 @@ def retnet_frequencies(dims, theta):
     return theta ** -np.linspace(0.0, 1.0, dims // 2, dtype=np.float64)
 
 
+def halves(weight):
+    """The last dim reordered from pairs (2i, 2i + 1) to pairs (i, i + half): a product with it rotates without taking pairs apart.
+
+    Of a few megabytes of weights that costs nothing; of activations it is a relayout on a TPU (docs/log.md).
+    """
+    *lead, dims = weight.shape
+    return weight.reshape(*lead, dims // 2, 2).swapaxes(-1, -2).reshape(*lead, dims)
+
+
 def rotate(x_BTNH, positions_BT, frequencies, *, interleaved=False):
     """x with its first 2 * len(frequencies) dims rotated by positions * frequencies; the rest passes through.
 

@@ -16,7 +16,7 @@ from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import rms_normalise
 from effmodels.layers.param import param
-from effmodels.layers.positions import retnet_frequencies, rotate
+from effmodels.layers.positions import halves, retnet_frequencies, rotate
 from effmodels.mixers.base import Cost, TokenMixer, visible_pairs
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
@@ -123,13 +123,14 @@ class Retention(TokenMixer):
         return self._output(y_BNP[:, None].astype(x_BD.dtype), x_BTD)[:, 0], RetentionState(s_BNHP)
 
     def _project(self, x_BTD, ctx):
-        q, k = dot("BTD,DNH->BTNH", x_BTD, self.wq), dot("BTD,DNH->BTNH", x_BTD, self.wk)
+        # RetNet rotates the pairs (2i, 2i + 1). Queries and keys in another order of the pairs have the same products.
+        q, k = (dot("BTD,DNH->BTNH", x_BTD, w, arrange=halves) for w in (self.wq, self.wk))
         v = dot("BTD,DNP->BTNP", x_BTD, self.wv)
         q, v = shard(q, "batch", "seq", "act_heads", None), shard(v, "batch", "seq", "act_heads", None)
         frequencies = retnet_frequencies(q.shape[-1], self.config.rope_theta)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
         k = k * k.shape[-1] ** -0.5  # torchscale scales the keys
-        return rotate(q, positions_BT, frequencies, interleaved=True), rotate(k, positions_BT, frequencies, interleaved=True), v
+        return rotate(q, positions_BT, frequencies), rotate(k, positions_BT, frequencies), v
 
     def _output(self, y_BTNP, x_BTD):
         if self.config.head_norm:
