@@ -86,7 +86,8 @@ class MoE(ChannelMixer):
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(wide), self.router[...].astype(wide))
-        routing = routers.route(logits_BTE, self.bias[...] if c.bias_update_rate else None, valid_BT, c)
+        bias_E = self.bias[...] if c.bias_update_rate else None
+        routing = routers.route(logits_BTE, bias_E, valid_BT, c, ctx.experts(c.top_k))
         load_BE = routers.loads(routing.ids_BTk, c.num_experts)
         kept, dropped_BTk, limit = routing, jnp.zeros((), bool), None
         if c.capacity_factor is not None and ctx.mode == "train":

@@ -26,11 +26,12 @@ class Routing:
     logits_BTE: Any
 
 
-def route(logits_BTE, bias_E, valid_BT, config):
+def route(logits_BTE, bias_E, valid_BT, config, given_BTk=None):
     """Top-k of score + bias; the weight is the score alone (arXiv:2408.15664), normalised over the k chosen if config says so.
 
     Group-limited choice (DeepSeek-V3, arXiv:2412.19437 section 2.1.2): the experts form `groups`; the best `top_groups` by the sum of each
-    group's two highest scores stay eligible. Tokens that are not valid get id E and weight 0.
+    group's two highest scores stay eligible. Tokens that are not valid get id E and weight 0. given_BTk: ids that replace the choice where
+    they are not -1, with the weights that their scores give.
     """
     E = logits_BTE.shape[-1]
     scores_BTE = SCORES[config.router](logits_BTE)
@@ -38,6 +39,8 @@ def route(logits_BTE, bias_E, valid_BT, config):
     if config.groups > 1:
         choice_BTE = _limit_to_groups(choice_BTE, config.groups, config.top_groups)
     ids_BTk = jax.lax.top_k(choice_BTE, config.top_k)[1]
+    if given_BTk is not None:
+        ids_BTk = jnp.where(given_BTk < 0, ids_BTk, given_BTk)
     weights_BTk = jnp.take_along_axis(scores_BTE, ids_BTk, axis=-1)
     if config.normalize_weights:
         weights_BTk = weights_BTk / (jnp.sum(weights_BTk, axis=-1, keepdims=True) + 1e-20)

@@ -21,6 +21,7 @@ class Ctx:
     the layout (contiguous: 0, 1, 2, ...).
     segment_ids_BT: 0 = padding, documents from 1; None = one document without padding. layer: absolute, int32, traced in scans.
     key: None = deterministic; else already folded with step and micro-batch. memory: {name: Memory} for cross-attention.
+    experts_BTLk: expert ids that routers take instead of their own choice, of every absolute layer; -1 or None = their own.
     """
 
     positions_BT: Any = None
@@ -28,6 +29,7 @@ class Ctx:
     segment_ids_BT: Any = None
     layer: Any = 0
     key: Any = None
+    experts_BTLk: Any = None
     memory: Any = dataclasses.field(default_factory=dict)
     layout: str = dataclasses.field(default="contiguous", metadata={"static": True})
     mode: str = dataclasses.field(default="train", metadata={"static": True})
@@ -41,6 +43,12 @@ class Ctx:
         if self.key is None:
             return None
         return jax.random.fold_in(jax.random.fold_in(self.key, self.layer), site)
+
+    def experts(self, top_k):
+        """experts_BTLk of this layer [B, T, top_k], or None."""
+        if self.experts_BTLk is None:
+            return None
+        return jax.lax.dynamic_index_in_dim(self.experts_BTLk, self.layer, axis=2, keepdims=False)[..., :top_k]
 
     def rotary_positions(self, batch, time):
         """positions_BT, else the order in the row."""

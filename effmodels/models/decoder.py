@@ -121,6 +121,7 @@ class Decoder(nnx.Module):
         """The one loss of train, plan, verify and compare: `LossOut` of a batch {tokens, targets, weights, segment_ids, positions} [B, T].
 
         weights, segment_ids and positions may be absent. Logits are never built. key: None for no dropout.
+        `experts` [B, T, L, k], too, may be there: see `Ctx`.
         Over the stages of a pipeline the batch may be micro-batches [M, B, T] with keys [M]: every entry of the result is then their sum.
         """
         batch = {name.removesuffix("_BT"): value for name, value in batch.items()}
@@ -129,7 +130,8 @@ class Decoder(nnx.Module):
         if staged.stages() > 1:
             return self._staged_loss(batch, key, mode)
         hidden_BTD, aux = self.hidden(
-            batch["tokens"], segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode
+            batch["tokens"], segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode,
+            experts_BTLk=batch.get("experts"),
         )  # fmt: skip
         ce_sum, weight_sum, losses = self._head_loss(hidden_BTD, batch["targets"], batch["weights"])
         aux.losses.update(losses)
@@ -157,6 +159,7 @@ class Decoder(nnx.Module):
             key = None if key is None else key[None]
         static = {"mode": mode, "layout": _layout()}
         fields = {"segment_ids_BT": batch.get("segment_ids"), "positions_BT": batch.get("positions"), "key": key}
+        fields["experts_BTLk"] = batch.get("experts")
 
         def tail(x_BTD, ctx, targets_BT, weights_BT):
             return self._head_loss(self.final_norm(x_BTD), targets_BT, weights_BT)

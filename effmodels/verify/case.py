@@ -2,6 +2,7 @@
 
 The reference is one device, the whole batch at once, nothing recomputed. Letters: M micro-batches, B batch, T time, L layers, E experts.
 """
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,21 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from effmodels.config import ConfigError
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
-from effmodels.parallel import axes
+from effmodels.parallel import axes, layouts
 from effmodels.parallel import mesh as meshes
 from effmodels.train import step as train_step
 from effmodels.train.run_config import RunConfig
 from effmodels.train.setup import Setup
 from effmodels.train.state import TrainState
-from effmodels.verify import compare, draw
+from effmodels.verify import compare, draw, ties
 
 STEP = 3  # of the optimiser, as far as random keys know: not 0, which hides a key that ignores it
-# Compile time is nearly all of a verification on a CPU; the compiler's least effort halves it and changes rounding only.
-CPU_OPTIONS = {"xla_backend_optimization_level": 0}
+# Compile time is nearly all of a verification on a CPU: the compiler's least effort halves it, its older code generator for fused loops
+# (not in every version) halves it again; both change rounding only.
+CPU_OPTIONS = ({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, {"xla_backend_optimization_level": 0})
 MOST_OF_MEMORY = 0.8
 
 
@@ -84,16 +87,17 @@ class Case:
         self.given.pop("expect", None)
         self.user = RunConfig.from_mapping(self.given, self.devices[0].platform)
         self.sizes = meshes.sizes(self.user.mesh, len(self.devices))
+        self.refusal = self._refusal()  # the checks draw batches of their own
         self.rows, self.micro_batches = self._rows()
         self._check_memory()
         self.one = self.setup(self.devices[:1], mesh={})
         self.names = self.one.names
-        self._programs, self._results = {}, {}
+        self._programs, self._results, self._tied_BT = {}, {}, None
         self.draw(seed)
 
     def draw(self, seed):
         """Draws parameters and batch; the programs stay."""
-        self.seed, self.left_out = seed, 0
+        self.seed, self.replayed = seed, 0
         self.params = draw.arrays_by_path(self.one.abstract_params, self.one.infos, self.names, seed)
         self.buffers = draw.arrays_by_path(self.one.abstract_buffers, self.one.infos, self.names, seed)
         self.batch = draw.packed_batch(self.rows, self.user.seq_len, self.user.model.vocab_size, seed)
@@ -128,7 +132,7 @@ class Case:
 
     def jit(self, fn, **options):
         """jax.jit with the compiler's least effort on CPUs."""
-        return jax.jit(fn, compiler_options=CPU_OPTIONS if self.devices[0].platform == "cpu" else None, **options)
+        return jax.jit(fn, compiler_options=least_effort() if self.devices[0].platform == "cpu" else None, **options)
 
     def key(self, micro=0, step=STEP):
         """The random key that training gives to a micro-batch of a step; None for a model without dropout."""
@@ -151,7 +155,7 @@ class Case:
         if cached and cached in self._results:
             return self._results[cached]
         drawn, buffers = self.placed(setup)
-        params = drawn if params is None else params
+        params, batch = drawn if params is None else params, self.with_experts(batch, key, mode)
         grads, ce_BT, out = jax.device_get(program(params, buffers, batch, np.float32(auxiliary), key))
         found = Sums(
             draw.by_name(grads, setup.names), float(out.ce_sum), float(out.weight_sum), {n: float(x) for n, x in out.aux.losses.items()},
@@ -199,9 +203,10 @@ class Case:
         """`Sums` of train's own step over micro-batches: what the optimiser receives, recorded by one that does nothing else."""
         program = self.compiled(variant, lambda: self._recording_program(setup))
         params, buffers = self.placed(setup)
+        batches = [self.with_experts(batch, self.key(micro)) for micro, batch in enumerate(batches)]
         state = TrainState(step=np.int32(STEP), params=params, buffers=buffers, opt_state=())
         with setup.context():
-            state, metrics = jax.device_get(program(state, setup.put(batches)))
+            state, metrics = jax.device_get(program(state, _put(setup, batches)))
         recorded, scale = state.opt_state, float(state.opt_state["scale"])
         losses = {n: float(metrics[n]) / scale for n in self.reference(auxiliary=True).losses}
         ce_sum = float(metrics["loss"]) / scale
@@ -219,11 +224,23 @@ class Case:
         buffers = draw.by_path(named, setup.names, setup.abstract_buffers)
         return jax.device_put((params, buffers), (setup.shardings.params, setup.shardings.buffers))
 
-    def leave_out(self, rows):
-        """Turns rows of the batch into padding, on every side of every comparison."""
-        self.batch = draw.without_rows(self.batch, rows)
-        self.left_out += int(np.sum(rows))
+    @contextlib.contextmanager
+    def replaying(self):
+        """Inside, tokens whose choice of experts is a tie up to rounding take the reference's on all sides; yields which, bool [B, T]."""
+        self._tied_BT = np.zeros(self.batch["tokens"].shape, bool)
         self.forget()
+        try:
+            yield self._tied_BT
+        finally:
+            self._tied_BT = None
+            self.forget()
+
+    def with_experts(self, batch, key, mode="train"):
+        if self._tied_BT is None or "experts" in batch:
+            return batch
+        experts_BTLk = ties.replay(self, batch, key, mode)
+        self._tied_BT |= np.any(experts_BTLk >= 0, axis=(2, 3))
+        return batch | {"experts": experts_BTLk}
 
     def forget(self):
         """Drops results, which belong to another batch; programs stay."""
@@ -236,6 +253,16 @@ class Case:
         out = TrainState(step=None, params=None, buffers=None, opt_state=recorded)
         with setup.context():
             return self.jit(functions.train_step, out_shardings=(out, None))
+
+    def _refusal(self):
+        """What training will say to the config's own batch on this mesh ("": nothing); raised where the config fixes the mesh."""
+        try:
+            self.user.mesh_sizes(len(self.devices))
+        except ConfigError as error:
+            if -1 not in self.user.mesh.values() and "data" in self.user.mesh:
+                raise
+            return f"training on {len(self.devices)} devices will refuse: {error}"
+        return ""
 
     def _rows(self):
         """(rows of a micro-batch, micro-batches): as few as the mesh can split."""
@@ -254,6 +281,26 @@ class Case:
                 f"verify: this config needs about {need / 1e9:,.0f} GB and {free / 1e9:,.0f} GB of memory are free here; verify its small "
                 "form (--config=<file>:small, where the file has one), which runs the same code, or use a machine with more memory."
             )
+
+
+@functools.cache
+def least_effort():
+    """The first of CPU_OPTIONS that this version's compiler knows."""
+    for options in CPU_OPTIONS:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
+            return options
+    return None
+
+
+def _put(setup, batches):
+    """`Setup.put`, with the experts that tokens replay."""
+    placed = setup.put(batches)
+    if "experts" in batches[0]:
+        experts = layouts.to_layout(np.stack([b["experts"] for b in batches]), setup.options.layout, setup.pieces, axis=2)
+        spec = axes.spec((None, "batch", "seq"), rules=setup.rules, mesh=setup.mesh, array="experts")
+        placed["experts"] = jax.device_put(experts, NamedSharding(setup.mesh, spec))
+    return placed
 
 
 class _Recorded(Decoder):

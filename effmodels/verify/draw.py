@@ -52,7 +52,7 @@ def packed_batch(rows, length, vocab, seed):
         end = length - (int(rng.integers(1, max(2, length // 8))) if b % 2 else 0)
         cuts = {int(c) for c in rng.integers(1, max(2, end), int(rng.integers(1, 4)))}
         middle = length // 2 + (0, 1, -1)[b % 3]
-        cuts |= {middle, middle + 1} if b % 4 == 0 else {middle} if b % 4 < 3 else set()
+        cuts |= {middle - 1, middle} if b % 4 == 0 else {middle} if b % 4 < 3 else set()
         edges = sorted(c for c in cuts if 0 < c < end)
         for i, (start, stop) in enumerate(zip([0, *edges], [*edges, end])):
             segments[b, start:stop] = i + 1
@@ -72,12 +72,12 @@ def documents(batch):
 
 def alone(batch):
     """Batches of the same shape with one document to a row, from its start; and [(batch, row)] of every document of `documents`."""
-    (rows, length), docs = batch["tokens"].shape, documents(batch)
+    rows, docs = len(batch["tokens"]), documents(batch)
     batches, places = [], []
     for i, (b, start, stop) in enumerate(docs):
         if i % rows == 0:
-            batches.append({k: np.zeros((rows, length), v.dtype) for k, v in batch.items()})
-        for key in KEYS:
+            batches.append({k: np.full_like(v, -1 if k == "experts" else 0) for k, v in batch.items()})
+        for key in batch:
             batches[-1][key][i % rows, : stop - start] = 1 if key == "segment_ids" else batch[key][b, start:stop]
         places.append((len(batches) - 1, i % rows))
     return batches, places
@@ -85,8 +85,8 @@ def alone(batch):
 
 def without_rows(batch, rows):
     """The batch with some rows turned into padding."""
-    keep = ~np.asarray(rows)[:, None]
-    return {k: v * keep.astype(v.dtype) for k, v in batch.items()}
+    keep_B = ~np.asarray(rows)
+    return {k: v * keep_B.reshape(-1, *(1,) * (v.ndim - 1)).astype(v.dtype) for k, v in batch.items()}
 
 
 def _batch(tokens, segments):

@@ -19,7 +19,7 @@ def check(case):
         outcome = _compare_forms(case, tokens_BT, np.ones(ROWS, bool))
         if outcome.passed or not case.has_experts:
             break
-        untied_B = ties.least_gaps(case, _as_batch(tokens_BT)) > ties.GAPS[-1]
+        untied_B = ties.least_gaps(case, _as_batch(tokens_BT)) > ties.GAP
         if untied_B.any():  # else another draw
             return outcome if untied_B.all() else _compare_forms(case, tokens_BT, untied_B)
     return outcome

@@ -1,4 +1,4 @@
-"""All checks of one config, with progress, near ties left out where a token's routing hangs on rounding."""
+"""All checks of one config, with progress; where a token's routing hangs on rounding, all sides replay one choice."""
 import dataclasses
 import time
 
@@ -20,7 +20,7 @@ CHECKS = {
     "bf16": single.bfloat16,
     "dropout": single.dropout,
 }
-EXACT_OR_BANDED = ("update", "resume", "bf16", "forms")  # not helped by leaving rows of the batch out
+EXACT_OR_BANDED = ("update", "resume", "bf16", "forms")  # not helped by replaying choices of the batch
 
 
 def verify(config, *, devices=None, checks=None, seed=0, compute_dtype="float32", log=print):
@@ -42,48 +42,43 @@ def verify(config, *, devices=None, checks=None, seed=0, compute_dtype="float32"
         f"{case.one.cost.params:,} parameters; {case.micro_batches} micro-batches of {case.rows} packed rows of {case.user.seq_len}; "
         f"seed {seed} ({time.perf_counter() - begun:.1f} s)"
     )
+    if case.refusal:
+        log(case.refusal)
     outcomes = [run_check(case, name, log) for name in names]
     setting = {
         "devices": len(devices), "device_kind": devices[0].device_kind, "mesh": case.sizes,
         "parallel": dataclasses.asdict(case.mesh.options), "compute_dtype": case.compute_dtype,
         "rows": case.rows, "micro_batches": case.micro_batches, "seq_len": case.user.seq_len,
         "parameters": case.one.cost.params, "seed": seed,
-        "rows_left_out": case.left_out, "jax": jax.__version__, "seconds": time.perf_counter() - begun,
+        "tokens_replayed": case.replayed, "jax": jax.__version__, "seconds": time.perf_counter() - begun,
     }  # fmt: skip
     return Report(setting, outcomes)
 
 
 def run_check(case, name, log):
-    """`Outcome` of one check by name, near ties of expert scores left out; logs its verdict and seconds."""
+    """`Outcome` of one check by name, near ties of expert scores replayed; logs its verdict and seconds."""
     begun = time.perf_counter()
     outcome = CHECKS[name](case)
     if not outcome.passed and case.has_experts and name not in EXACT_OR_BANDED:
-        outcome = _without_ties(case, name, outcome)
+        outcome = _replayed(case, name, outcome)
     outcome.seconds = time.perf_counter() - begun
     verdict = f"not done: {outcome.skipped}" if outcome.skipped else "passed" if outcome.passed else "FAILED"
     log(f"{name:<13}{verdict}  {outcome.seconds:.1f} s")
     return outcome
 
 
-def _without_ties(case, name, outcome):
-    """The outcome without the rows where a token's choice of experts is a tie up to rounding; the first outcome if that does not help."""
+def _replayed(case, name, outcome):
+    """The outcome when tokens whose choice of experts is a tie up to rounding replay the reference's; the first if that does not help."""
     loads = [r for r in outcome.rows if r.what == LOADS]
-    if loads and all(r.passed for r in loads):
-        return outcome  # every token went to the same experts: whatever differs, no tie explains it
-    whole, left_out, gaps_B = case.batch, case.left_out, ties.least_gaps(case)
-    for least in ties.GAPS:
-        tied_B = gaps_B < least
-        if not tied_B.any() or tied_B.all():
-            continue
-        case.leave_out(tied_B)
+    if loads and all(r.passed for r in loads) or not ties.present(case):
+        return outcome  # every token went to the same experts, or none of them by a tie
+    with case.replaying() as tied_BT:
         again = CHECKS[name](case)
-        case.batch = whole  # other checks see all rows
-        case.forget()
-        if again.passed:
-            note = f"{int(tied_B.sum())} rows with a tie of expert scores under {least:g} left out"
-            return Outcome(again.check, [_noted(r, note) for r in again.rows], again.leaves, again.explanations)
-        case.left_out = left_out
-    return outcome
+    if not again.passed:
+        return outcome
+    case.replayed += int(tied_BT.sum())
+    note = f"{tied_BT.sum()} tokens with a tie of expert scores under {ties.GAP:g} replay the reference's experts"
+    return Outcome(again.check, [_noted(r, note) for r in again.rows], again.leaves, again.explanations)
 
 
 def _noted(r, note):

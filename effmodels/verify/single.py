@@ -17,10 +17,11 @@ BF16_ROUNDING, BF16_LOSS, CLOSER, FURTHER = 2.0**-9, 2.0**-6, 8.0, 32.0
 
 def packed(case):
     """`Outcome`: every document of a packed row has the losses and gradients that it has alone."""
-    outcome, batch = Outcome("packed"), case.batch
+    outcome = Outcome("packed")
     # A capacity is shared by a row, so that a document alone keeps tokens that it loses in company: compared without one.
     mode = "eval" if any(getattr(k.channel.config, "capacity_factor", None) for k in case.one.model.resolved.layers) else "train"
-    together = case.reference(auxiliary=False, mode=mode, with_key=False)
+    batch = case.with_experts(case.batch, None, mode)  # a document keeps its choices where it is alone
+    together = case.reference(batch, auxiliary=False, mode=mode, with_key=False)
     batches, places = draw.alone(batch)
     singles = [case.reference(b, auxiliary=False, mode=mode, with_key=False) for b in batches]
     worst, named = 0.0, []

@@ -146,3 +146,13 @@ def test_refusals_are_sentences():
         verify(tiny(d_model=16384, num_layers=96))
     with pytest.raises(ConfigError, match="cannot be split"):
         verify(tiny({"tensor": 4}), checks=["mesh"], devices=jax.devices())
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_said_before_anything_is_computed():
+    """A fixed mesh is refused, as in training. Where an axis is left open the number of devices is verify's choice: said, and verified."""
+    message = "batch_size=12 cannot be split over the 8 devices of the mesh's data, fsdp and expert axes; nearest: 8 or 16"
+    with pytest.raises(ConfigError, match=message):
+        verify(tiny({"data": 8}) | {"batch_size": 12}, checks=["mesh"])
+    lines = []
+    verify(tiny() | {"batch_size": 12}, checks=["dropout"], log=lines.append)
+    assert len(lines) == 3 and lines[1].startswith("training on 8 devices will refuse: config: " + message)

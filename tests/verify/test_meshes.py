@@ -32,7 +32,9 @@ def test_data_alone_equals_one_device():
     assert report.passed, report.table()
 
 
-SMALL = {"moe_1b": "small", "quickstart": "test", "reference_8m": "small"}
+SMALL = {
+    "dense_65b": "small", "gpt4_moe_1p8t": "small", "moe_1b": "small", "quickstart": "test", "reference_8m": "small", "retnet_6p7b": "small",
+}  # fmt: skip
 
 
 def test_the_sweep_knows_every_config():

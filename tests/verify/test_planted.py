@@ -12,7 +12,7 @@ from effmodels.channel import moe
 from effmodels.layers import context
 from effmodels.mixers import attention
 from effmodels.models import decoder
-from effmodels.parallel import axes, expert, ops, ring, stack
+from effmodels.parallel import axes, exchange, expert, ops, pipeline, ring, stack, state_passing
 from effmodels.train import checkpoint, setup, step
 from effmodels.verify import verify
 from effmodels.verify.case import Case
@@ -77,6 +77,75 @@ def early(place):
 def state_not_reset(monkeypatch):
     original = ops.retention
     monkeypatch.setattr(ops, "retention", lambda *args, segment_ids=None, **rest: original(*args, **rest))
+
+
+def state_over_documents(monkeypatch):
+    """A state that passes to the next shard although a document begins there."""
+    original = state_passing._joined
+    monkeypatch.setattr(state_passing, "_joined", lambda *args: jnp.ones_like(original(*args)))
+
+
+def state_gradient_stays(monkeypatch):
+    """States pass, their gradients do not: every shard trains as if the row began with it."""
+    original = state_passing._pass_states
+
+    def planted(*args, reverse=False):
+        states = original(*args, reverse=reverse)
+        return jnp.zeros_like(states) if reverse else states
+
+    monkeypatch.setattr(state_passing, "_pass_states", planted)
+
+
+def dropped_rows(monkeypatch):
+    """An exchange with too little room that says nothing: tokens that found none get zeros."""
+    original = expert._exchanged
+    monkeypatch.setattr(exchange, "pair_rows", lambda batch, time, *_, **__: batch * time // 2)
+
+    def planted(*args):
+        y_MD, lost_M = original(*args)
+        return y_MD, jnp.zeros_like(lost_M)
+
+    monkeypatch.setattr(expert, "_exchanged", planted)
+
+
+def exchanged_gradient_doubled(monkeypatch):
+    original = exchange.Exchange.there
+
+    def planted(self, rows_SD):
+        rows_SD = original(self, rows_SD)
+        return 2 * rows_SD - jax.lax.stop_gradient(rows_SD)
+
+    monkeypatch.setattr(exchange.Exchange, "there", planted)
+
+
+def bubbles_counted(monkeypatch):
+    """What idle stages compute on copies counts in loads and auxiliary losses."""
+    original = pipeline.Schedule.per_tick
+
+    def planted(self):
+        ticks = original(self)
+        return ticks | {"real": ticks["real"] | True}
+
+    monkeypatch.setattr(pipeline.Schedule, "per_tick", planted)
+
+
+def another_micro_batch(monkeypatch):
+    """Later stages take documents and positions of the micro-batch that the first stage works on."""
+    original = pipeline.Schedule.per_tick
+
+    def planted(self):
+        ticks = original(self)
+        return ticks | {"micro": ticks["micro"][:, :1].repeat(self.stages, axis=1)}
+
+    monkeypatch.setattr(pipeline.Schedule, "per_tick", planted)
+
+
+def gradient_of_another_stage(monkeypatch):
+    """Activations go to the next stage; their gradients stay where they are."""
+    forward = pipeline._shift
+    shift = jax.custom_vjp(lambda x_sBTD, by: forward(x_sBTD, by), nondiff_argnums=(1,))
+    shift.defvjp(lambda x_sBTD, by: (forward(x_sBTD, by), None), lambda by, _, g: (g,))
+    monkeypatch.setattr(pipeline, "_shift", shift)
 
 
 def backward_over_documents(monkeypatch):
@@ -198,6 +267,23 @@ PLANTED = {
         "an edge between sequence shards",
     ),
     "state_not_reset": (state_not_reset, tiny(**RETENTION_ONLY), "packed", "a mask or a state crosses the boundary"),
+    "state_over_documents": (
+        state_over_documents, tiny({"data": 4, "seq": 2}, **RETENTION_ONLY), "mesh", "the boundary is not respected",
+    ),
+    "state_gradient_stays": (
+        state_gradient_stays, tiny({"data": 4, "seq": 2}, **RETENTION_ONLY), "mesh", "the fault is in a backward pass",
+    ),
+    "dropped_rows": (dropped_rows, tiny({"data": 4, "expert": 2}, **EXPERTS_ONLY), "mesh", "forward pass differs on the mesh"),
+    "exchanged_gradient_doubled": (
+        exchanged_gradient_doubled, tiny({"data": 4, "expert": 2}, **EXPERTS_ONLY), "mesh", "the fault is in a backward pass",
+    ),
+    "bubbles_counted": (bubbles_counted, tiny({"data": 4, "stage": 2}, **EXPERTS_ONLY), "mesh", "all loads together are 1."),
+    "another_micro_batch": (
+        another_micro_batch, tiny({"data": 4, "stage": 2}, **ATTENTION_ONLY), "mesh", "forward pass differs on the mesh stage=2",
+    ),
+    "gradient_of_another_stage": (
+        gradient_of_another_stage, tiny({"data": 4, "stage": 2}, **ATTENTION_ONLY), "mesh", "the fault is in a backward pass",
+    ),
     "backward_over_documents": (backward_over_documents, tiny(**ATTENTION_ONLY), "packed", "a backward pass crosses the boundary"),
     "permuted_labels": (
         permuted_labels, tiny({"data": 4, "seq": 2}, ALL_GATHER | {"layout": "zigzag"}, **ATTENTION_ONLY), "mesh",
@@ -221,7 +307,7 @@ PLANTED = {
 # One of each kind by default: a sum, a mask, a state, a label, a loss, a key, a scale, what is recomputed, what is restored.
 DEFAULT = {
     "doubled_gradient", "missing_psum", "ring_mask_off_by_one", "state_not_reset", "permuted_labels", "dropped_auxiliary_loss",
-    "stale_micro_batch_key", "wrong_scale", "recomputed_otherwise", "moments_not_restored",
+    "stale_micro_batch_key", "wrong_scale", "recomputed_otherwise", "moments_not_restored", "state_gradient_stays",
 }  # fmt: skip
 
 
