@@ -33,7 +33,8 @@ def test_data_alone_equals_one_device():
 
 
 SMALL = {
-    "dense_65b": "small", "gpt4_moe_1p8t": "small", "moe_1b": "small", "quickstart": "test", "reference_8m": "small", "retnet_6p7b": "small",
+    "dense_65b": "small", "gpt4_moe_1p8t": "small", "moe_1b": "small", "quickstart": "test", "reference_8m": "small",
+    "retnet_6p7b": "small",
 }  # fmt: skip
 
 
