@@ -25,7 +25,7 @@ _MESH = flags.DEFINE_string("mesh", None, "sizes that replace the config's: data
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "prefill", "decode"], "the step: batch_size sequences of seq_len tokens each")
 _FAST = flags.DEFINE_bool("fast", False, "closed form in about a second, nothing compiled")
 _MEMORY = flags.DEFINE_bool("memory", False, "compile without optimisation: memory only, a fifth of the time")
-_SEARCH = flags.DEFINE_bool("search", False, "look for meshes, recomputation and micro-batches that fit and are faster")
+_SEARCH = flags.DEFINE_bool("search", False, "the config in closed form, then meshes, recomputation, micro-batches that fit and are faster")
 _SEARCH_SECONDS = flags.DEFINE_float("search_seconds", 600.0, "time for --search")
 _JSON = flags.DEFINE_string("json", None, "a file that gets the whole plan")
 _HTML = flags.DEFINE_string("html", None, "a file that gets the plan as a page, with the timeline of a step")
@@ -53,6 +53,7 @@ def main(argv):
 def _plan():
     from effmodels.plan import answer, budgets, failures, page, picture, records, topology
 
+    _check_flags()
     place = topology.parse(_TOPOLOGY.value, _SLICES.value)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     plan = _one(common.CONFIG.value, name, place)
@@ -76,10 +77,26 @@ def _plan():
     return _status(plan)
 
 
+def _check_flags():
+    """What can be known to fail before anything is compiled."""
+    from effmodels.config import ConfigError
+
+    if _SEARCH.value and _WHAT.value != "train":
+        raise ConfigError(f"--search looks for settings of training, not of --what={_WHAT.value}; leave one of them out.")
+    if _SEARCH.value and _MEMORY.value:
+        raise ConfigError("--search compares times, which --memory does not estimate; leave one of them out.")
+    if _PNG.value and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("--png needs matplotlib, which is not installed: pip install -e '.[notebook]'.")
+    for flag, value in (("json", _JSON.value), ("html", _HTML.value), ("png", _PNG.value)):
+        file = pathlib.Path(value) if value else None
+        if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+            raise ConfigError(f"--{flag}={value}: this file cannot be written; name one in a folder that is there and can be written to.")
+
+
 def _one(config, name, place):
     from effmodels.plan import closed_form, program
 
-    if _FAST.value:
+    if _FAST.value or _SEARCH.value:
         return closed_form.plan(program.as_mapping(config, _mesh()), place, what=_WHAT.value, name=name)
     level = "O0" if _MEMORY.value else None
     return program.plan(config, place, mesh=_mesh(), what=_WHAT.value, level=level, name=name, log=common.say)
@@ -118,26 +135,38 @@ def _search(place):
     from effmodels.plan import program, search, units
 
     def compiled(config):
-        return program.plan(config, place, what=_WHAT.value, log=common.say)
+        return program.plan(config, place, log=common.say)
 
     config = program.as_mapping(common.CONFIG.value, _mesh())
     by_compiler = None if _FAST.value or place.platform == "gpu" else compiled
     found = search.search(config, place, seconds=_SEARCH_SECONDS.value, log=common.say, compile=by_compiler)
     common.say(f"\n{found.tried} plans in {units.time(found.seconds)}; those that fit, fastest first:")
-    for candidate in found.candidates:
+    _say_candidates(found.candidates)
+    if found.unconfirmed:
+        common.say("by formula only, not confirmed by the compiler:")
+        _say_candidates(found.unconfirmed)
+    if found.smallest:
+        common.say(f"smallest slice on which it fits: {found.smallest}")
+
+
+def _say_candidates(candidates):
+    from effmodels.plan import units
+
+    for candidate in candidates:
         best, how = candidate.best, "compiled" if candidate.compiled else "closed form"
         figures = f"{units.time(best.seconds)}, MFU {best.mfu:.1%}, {units.size(best.memory.total)}"
         common.say(f"  {figures} ({how}): {candidate.text or 'as it is'}")
-    if not found.candidates:
+    if not candidates:
         common.say("  none")
-    if found.smallest:
-        common.say(f"smallest slice on which it fits: {found.smallest}")
 
 
 def _status(plan):
     """What the process ends with; says why it is not 0."""
     if _REQUIRE_FIT.value and not plan.fits:
         common.say("status 1: it does not fit (--require_fit).")
+        return 1
+    if _MIN_MFU.value and not plan.mfu:
+        common.say("status 1: there is no estimate of the MFU to compare with --min_mfu.")
         return 1
     if _MIN_MFU.value and plan.mfu < _MIN_MFU.value:
         common.say(f"status 1: the predicted MFU is {plan.mfu:.1%}, below --min_mfu={_MIN_MFU.value:.1%}.")

@@ -76,13 +76,16 @@ def _expert_axes():
 
 
 def room(batch, time, k, num_experts, capacity=None):
-    """(form, rows that each pair of shards has room for, rows of the worst case) for a batch of this size under the mesh in force.
+    """(form, rows that each pair of shards has room for, those of the worst case, those of even loads) under the mesh in force.
 
     None where no token travels: experts that are not split, or parallel.experts="gather".
     """
     over = _expert_axes()
     way = _way(over, (batch, time), k, num_experts, capacity, exact=False) if over else None
-    return None if way is None else (way.form, way.rows, _way(over, (batch, time), k, num_experts, capacity, exact=True).rows)
+    if way is None:
+        return None
+    even = batch * time * k // (axes.shards("batch") * axes.shards("seq") * math.prod(axes.current_mesh().shape[a] for a in over))
+    return way.form, way.rows, _way(over, (batch, time), k, num_experts, capacity, exact=True).rows, even
 
 
 def _way(over, shape, k, num_experts, capacity, exact):

@@ -111,7 +111,8 @@ _cost = functools.lru_cache(64)(cost)
 
 def model(c):
     """The Model of a RunConfig; the same object for every mesh."""
-    return _shapes(c.model, json.dumps(jsonable(c.optim), sort_keys=True, default=str), c.steps)
+    # No array depends on what is recomputed.
+    return _shapes(dataclasses.replace(c.model, remat="none"), json.dumps(jsonable(c.optim), sort_keys=True, default=str), c.steps)
 
 
 @functools.lru_cache(16)

@@ -141,7 +141,7 @@ def _failures(failures):
     good = f"{units.percent(failures.goodput)} of the time is new work, {units.percent(failures.copy_goodput)} with copies in memory"
     return _entry(
         "Failures",
-        f"one in {units.time(failures.mtbf_seconds)} (assumed), best saved every {units.time(failures.interval)}{every}: {good}.",
+        f"one in {units.time(failures.mtbf_seconds)} ({failures.source}), best saved every {units.time(failures.interval)}{every}: {good}.",
     )
 
 

@@ -1,8 +1,8 @@
 """Compiled programs kept on disk: the second plan of the same config for the same topology compiles nothing.
 
 One folder per program under $EFFMODELS_PLAN_CACHE, else ~/.cache/effmodels/plans; an empty value keeps nothing. The key holds every field
-of the config, the topology, what is compiled, versions, and a digest of the sources that decide what is compiled. A folder appears whole or
-not at all, so that two plans at once do not disturb each other.
+of the config, the topology, what is compiled, flags in the environment, versions, and a digest of the sources that decide what is compiled.
+A folder appears whole or not at all, so that two plans at once do not disturb each other.
 """
 import contextlib
 import functools
@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import uuid
@@ -19,7 +20,10 @@ from effmodels.plan import records
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # Of the planner itself only these decide what is compiled; the rest reads it, and is free to change.
-_OF_PLAN = ("step.py", "topology.py", "executed.py")
+_OF_PLAN = ("step.py", "topology.py", "executed.py", "decoding.py")
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+# jax's settings that the child sets itself, or that compile nothing differently.
+_OTHERS = re.compile("JAX_(PLATFORMS|OPTIMIZATION_LEVEL|NUM_CPU_DEVICES|COMPILATION_CACHE|PERSISTENT_CACHE|LOG|DEBUG_LOG|TRACEBACK)")
 
 
 def folder():
@@ -29,9 +33,18 @@ def folder():
 
 
 def key(request: dict) -> str:
-    """A name for what the request compiles with these sources."""
-    text = json.dumps({"request": request, "sources": sources(), "versions": versions()}, sort_keys=True, default=str)
+    """A name for what the request compiles with these sources in this environment."""
+    text = {"request": request, "sources": sources(), "versions": versions(), "environment": environment()}
+    text = json.dumps(text, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def environment() -> dict:
+    """The variables that tell the compiler what to do; how many devices are simulated is the topology's."""
+    found = {name: value for name, value in os.environ.items() if name in _FLAGS or name.startswith("JAX_") and not _OTHERS.match(name)}
+    if "XLA_FLAGS" in found:
+        found["XLA_FLAGS"] = " ".join(f for f in found["XLA_FLAGS"].split() if "xla_force_host_platform_device_count" not in f)
+    return {name: value for name, value in found.items() if value.strip()}
 
 
 @functools.cache

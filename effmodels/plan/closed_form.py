@@ -5,6 +5,7 @@ the rules (`volumes`). Seconds are FLOPs and bytes over the rates below, which a
 """
 import collections
 import importlib.metadata
+import itertools
 import math
 
 import jax
@@ -41,7 +42,8 @@ def price(run, topology, what="train", *, name=""):
     chip, c = topology.chip, run.config
     notes = ["closed form: nothing was compiled; memory within about 10 %, seconds are shares of the peak (no calibration on hardware)"]
     if what != "train":
-        memory, operations, flops = closed_serving.price(run, topology, what, lambda names: bandwidth(names, run, topology))
+        memory, operations, flops, more = closed_serving.price(run, topology, what, lambda names: bandwidth(names, run, topology))
+        notes += more
         model = executed = flops
         tokens, bubble, imbalance = c.batch_size * (c.seq_len if what == "prefill" else 1), 0.0, 0.0
     else:
@@ -50,13 +52,13 @@ def price(run, topology, what="train", *, name=""):
         model, executed = run.cost.train_flops_per_token * c.seq_len * c.batch_size, work.executed()
         tokens, bubble, imbalance = c.seq_len * c.batch_size, work.bubble, work.imbalance
         notes += work.notes()
-    checkpoint = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(run.model.state))
+    checkpoint = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(run.model.state)) if what == "train" else 0
     saving = budgets.saving(checkpoint, topology.hosts, asynchronous=c.checkpoint.mode != "sync")
     seconds = sum(o.total for o in operations)
     return Plan(
         config=name, what=what, topology=topology.name, slices=topology.slices, chip=chip.name, chips=topology.chips, mesh=dict(run.sizes),
-        method="fast", tokens=tokens, steps=c.steps, model_flops=model, executed_flops=executed, memory=memory, operations=operations,
-        bubble=bubble, imbalance=imbalance, host_save_bytes=saving.host_bytes, checkpoint_bytes=checkpoint,
+        method="fast", tokens=tokens, steps=c.steps if what == "train" else 1, model_flops=model, executed_flops=executed, memory=memory,
+        operations=operations, bubble=bubble, imbalance=imbalance, host_save_bytes=saving.host_bytes, checkpoint_bytes=checkpoint,
         input_bytes_per_second=budgets.input_rate(tokens, seconds, c.model.vocab_size) if what == "train" else 0.0, notes=tuple(notes),
         versions={"jax": importlib.metadata.version("jax")}, peak_flops=chip.flops, bandwidth=chip.bandwidth,
     )  # fmt: skip
@@ -170,14 +172,26 @@ class Work:
 
 
 def bandwidth(names, run, topology):
-    """Bytes/s that one chip sends over these mesh axes: a ring of two directions on one dim of the torus, or the network between slices.
-
-    Assumption: the last axes of the mesh lie closest, and an axis as large as several dims uses the links of all of them.
-    """
+    """Bytes/s that one chip sends over these mesh axes: on the links of its torus (`links`), or on the network between slices."""
     chip = topology.chip
     if topology.slices > 1 and set(names) & {"data", "stage"}:
         return chip.dcn / chip.per_host
     if chip.platform != "tpu":
         return chip.ici
-    dims = max(1, round(math.log(run.size(names)) / math.log(max(2, max(topology.shape))))) if names else 1
-    return 2 * chip.ici * min(dims, chip.torus_dims)
+    return chip.ici * links(run.size(names), topology)
+
+
+def links(number, topology):
+    """Links on which each of `number` devices of a slice sends to the others: two in a ring, one in a line, as `wire` counts them.
+
+    Assumption: they fill as many whole dims of the torus as they can, and lie side by side in a part of another.
+    """
+    dims, inside = [(n, 1 + wraps) for n, wraps in zip(topology.shape, topology.wrap) if n > 1], topology.chip.devices_per_chip
+    if number <= inside:  # devices of one chip: as fast as all its links
+        return 2 * topology.chip.torus_dims
+    number //= inside
+    boxes = [box for count in range(len(dims) + 1) for box in itertools.combinations(dims, count)]
+    fits = [box for box in boxes if number % math.prod(n for n, _ in box) == 0]
+    whole = max(fits, key=lambda box: (math.prod(n for n, _ in box), len(box)))
+    rest = number > math.prod(n for n, _ in whole) and len(whole) < len(dims)
+    return max(1, sum(ways for _, ways in whole) + rest)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.parallel import axes
+from effmodels.plan import decoding
 from effmodels.plan.records import Memory, Operation
 from effmodels.train import placement
 
@@ -15,14 +16,15 @@ BASIS = "closed form"
 
 
 def price(run, topology, what, bandwidth):
-    """(`Memory`, `Operation`s, model FLOPs of all chips) of one call for batch_size sequences of seq_len tokens.
+    """(`Memory`, `Operation`s, model FLOPs of all chips, notes) of one call for batch_size sequences of seq_len tokens.
 
     bandwidth(axes): bytes/s that one chip sends over these mesh axes.
     """
     served, chip, c = _served(run), topology.chip, run.config
-    rows, tensor = served.parts("batch"), served.size(served.over("act_heads"))
+    rows = served.parts("batch")
     parameters, rate = served.bytes("params"), jnp.dtype(c.model.compute_dtype).itemsize
-    state = math.ceil(run.cost.decode_state_bytes * c.batch_size / rows / tensor)
+    held = decoding.state(c.model, c.batch_size, c.seq_len)
+    state = decoding.local_bytes(held, served.sizes, served.rules)
     tokens = c.seq_len if what == "prefill" else 1
     flops = (run.cost.prefill_flops_per_token if what == "prefill" else run.cost.decode_flops_per_token) * tokens * c.batch_size
     stream = c.batch_size / rows * tokens * c.model.d_model * rate
@@ -42,7 +44,7 @@ def price(run, topology, what, bandwidth):
             name=collective, kind="collective", calls=1, seconds=wire, basis=BASIS, exposed=wire, bytes=size, axes=over,
             collective=collective, phase="forward",
         ))  # fmt: skip
-    return memory, tuple(found), flops
+    return memory, tuple(found), flops, list(decoding.notes(held, served.sizes, served.rules))
 
 
 def _served(run):

@@ -34,6 +34,11 @@ class Failures:
     chip_hours: float
     copy_chip_hours: float
 
+    @property
+    def source(self):
+        """Where the rate of failures is from."""
+        return "assumed: as H100s in arXiv:2407.21783" if self.mtbf_chip_hours == MTBF_CHIP_HOURS else "as given"
+
 
 def failures(
     chips, save_seconds, *, step_seconds=0.0, steps=0, mtbf_chip_hours=MTBF_CHIP_HOURS, restart_seconds=RESTART_SECONDS,

@@ -91,7 +91,7 @@ def single(chip):
         yield
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(256)
 def period(resolved, kinds, remat, time, chip):
     """The `Period` of these LayerKinds under a remat policy, for one row of `time` tokens on a `Chip`."""
     c = resolved.config

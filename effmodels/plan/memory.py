@@ -1,9 +1,10 @@
 """Memory by category from a compiled program, and its largest buffers.
 
-What a chip holds between steps (parameters, optimiser, buffers, batch) is exact, from the shardings. The compiler says how many bytes it
-needs besides. Which of them are what is read off the program (`heap`): of the buffers alive at the fullest moment, gradients are those of a
-parameter's shape that the backward pass writes; activations are those that the forward pass wrote, the backward pass reads, and that
-have no parameter's shape. The rest (also parameters in the compute dtype, padding, fragmentation) counts as temporaries.
+What a chip holds between steps (parameters, optimiser, buffers, batch) is exact, from the shardings. The compiler reports how many bytes of
+HBM it needs in all: `memory_analysis()` adds what lies in other memories of the chip to its temporaries, up to 128 MiB on v4. What they are
+is read off the program (`heap`): of the buffers alive at the fullest moment, gradients are those of a parameter's shape that the backward
+pass writes; activations are those that the forward pass wrote, the backward pass reads, and that have no parameter's shape. The rest (also
+parameters in the compute dtype, padding, fragmentation) counts as temporaries.
 """
 import collections
 import re
@@ -32,6 +33,8 @@ def _of_program(compiled, record, text, available):
     accumulator = compiled["accumulator"] if record["name"] in ("micro_step", "apply_step") else 0
     activations, gradients, rows = split(heap.fullest(text), compiled["parameter_shapes"])
     needed = said["temp"] + max(0, said["output"] - said["alias"])
+    if said.get("hbm"):
+        needed = max(0, said["hbm"] - said["argument"])
     gradients = min(gradients, needed)
     activations = min(activations, needed - gradients)
     padding = max(0, said["argument"] - sum(held.values()) - accumulator)

@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,9 +150,9 @@ def _operations(record, texts, place):
         made = types.SimpleNamespace(devices=np.arange(place.chips).reshape(tuple(sizes.values())), axis_names=tuple(sizes))
     else:
         made = meshes.make_mesh(record["mesh"], place.devices())
-    found = []
+    known, found = {"wrap": place.wrap, "filled": record.get("filled", 1.0)}, []
     for p in record["programs"]:
-        for o in timeline.merged(timeline.operations(texts[p["name"]], made, place.chip.name, wrap=place.wrap)):
+        for o in timeline.merged(timeline.operations(texts[p["name"]], made, place.chip.name, **known)):
             # Simulated devices share this machine, and `timeline` prices each as if it had it alone.
             share = place.chips if place.platform == "cpu" else 1
             found.append(dataclasses.replace(o, calls=o.calls * p["calls"], seconds=o.seconds * share, exposed=o.exposed * share))
@@ -214,13 +215,24 @@ def _run_child(request, folder, place, level, log):
     if "error" in answer:
         kinds = {"ConfigError": ConfigError, "ModuleNotFoundError": ModuleNotFoundError}
         raise kinds[answer["error"]](answer["message"])
-    result_file.write_text(json.dumps(answer | {"versions": cache.versions()}))
     for p in answer["programs"]:
         if "out_of_memory" in p:
             _keep_last_text(folder, p["name"])
+        elif place.platform == "tpu":
+            p["memory"]["hbm"] = _reported(folder / "dump", p["name"]) or p["memory"]["peak"]
+    result_file.write_text(json.dumps(answer | {"versions": cache.versions()}))
     shutil.rmtree(folder / "dump", ignore_errors=True)
     for path in (request_file, errors):
         path.unlink()
+
+
+def _reported(dumps, name):
+    """Bytes of HBM that the compiler's own report says a program needs, arguments included; 0 where it wrote none."""
+    for path in dumps.glob(f"*jit_{name}.*after_optimizations-memory-usage-report.txt"):
+        found = re.search(r"Memory Space: (?:default|hbm) \(color=0\)\s+Total bytes: (\d+)", path.read_text())
+        if found:
+            return int(found.group(1))
+    return 0
 
 
 def _keep_last_text(folder, name):

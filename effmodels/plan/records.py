@@ -92,7 +92,7 @@ class Plan:
     largest: tuple[tuple[str, int], ...] = ()  # (what, bytes) of the largest buffers at the fullest moment
     peak_flops: float = 0.0  # FLOP/s of one chip; of a CPU: as measured; 0 where nobody knows
     bandwidth: float = 0.0  # bytes/s of its main memory; 0 where nobody knows
-    band: tuple[float, ...] = ()  # measured over estimated seconds where this method was calibrated, (lowest, highest); () where it never was
+    band: tuple[float, ...] = ()  # measured over estimated seconds where this method was calibrated, (lowest, highest); else ()
 
     @property
     def fits(self):

@@ -6,9 +6,15 @@ import dataclasses
 import itertools
 import time
 
-from effmodels.config import REMAT, ConfigError
+import jax
+import jax.numpy as jnp
+
+from effmodels.config import ConfigError
+from effmodels.models.blocks import segments
 from effmodels.parallel import axes
 from effmodels.plan import abstract, closed_form, topology
+from effmodels.plan.dump import CompilerError
+from effmodels.plan.policies import policies
 from effmodels.train.run_config import RunConfig
 
 MARGIN = 0.95  # of a chip's memory that a plan by formula may fill
@@ -16,8 +22,8 @@ LARGEST_TENSOR = 16
 LONG_ROWS = 32_768  # tokens from which on a split sequence is tried unasked
 DEEP_PIPELINE = 512  # chips from which on stages are tried unasked
 MICRO_TOKENS = 65_536  # of one chip and micro-batch, at most
-LARGEST_SLICE = {"v4": 4096, "v5p": 8192, "v5e": 256, "v6e": 256, "7x": 8192}  # devices
-CONFIRMED = 3
+CONFIRMED = 3  # candidates that fit by the compiler
+AT_ONCE = 8  # meshes whose variants are tried together, the fastest first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +53,20 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """candidates: those that fit, fastest first. tried: plans made. smallest: the smallest slice on which the config fits, or ""."""
+    """candidates: those that fit, fastest first, by the compiler where it was given. unconfirmed: those that it was not asked about.
+
+    tried: plans made. smallest: the smallest slice on which the config fits, or "".
+    """
 
     candidates: tuple
+    unconfirmed: tuple
     tried: int
     smallest: str
     seconds: float
 
 
 def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
-    """`Found` for a config (mapping) on a `topology.Topology`, within about so many seconds, compilations included.
+    """`Found` for training a config (mapping) on a `topology.Topology`, within about so many seconds, compilations included.
 
     compile(config mapping with the overrides) -> Plan confirms the best ones; None: nothing is compiled. log: takes lines of progress.
     """
@@ -66,10 +76,10 @@ def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
     log(f"search: meshes of {place.chips} chips, by the closed form")
     candidates, tried = _ranked(c, place, until, log)
     smallest = smallest_slice(c, place, start + seconds * (0.5 if compile else 1.0)) if time.monotonic() < start + seconds else ""
-    best = [x for x in candidates if x.fits][:keep]
+    best, rest = [x for x in candidates if x.fits][:keep], []
     if compile:
-        best = _confirmed(config, best, compile, start + seconds, log)
-    return Found(tuple(best), tried, smallest, time.monotonic() - start)
+        best, rest = _confirmed(config, best, compile, start + seconds, log)
+    return Found(tuple(best), tuple(rest), tried, smallest, time.monotonic() - start)
 
 
 def apply(config, overrides):
@@ -84,8 +94,11 @@ def apply(config, overrides):
     return fields
 
 
-def mesh_shapes(c, chips):
-    """{axis: size} of every mesh worth a plan for a RunConfig, those with the least splitting of single layers first."""
+def mesh_shapes(c, chips, wide=False):
+    """{axis: size} of every mesh worth a plan for a RunConfig, those with the least splitting of single layers first.
+
+    wide: also split sequences and stages where rows are short and chips few, for what does not fit otherwise.
+    """
     rules, layers = axes.make_rules(c.rules), abstract.model(c)
 
     def divide(axis):
@@ -94,7 +107,7 @@ def mesh_shapes(c, chips):
                  if d not in (None, "vocab") and axis in axes.as_tuple(dict(rules)[d])}  # fmt: skip
         return [n for n in _divisors(chips) if n == 1 or sizes and all(size % n == 0 for size in sizes)]
 
-    long, deep = c.seq_len >= LONG_ROWS or _asked(c, "seq"), chips >= DEEP_PIPELINE or _asked(c, "stage")
+    long, deep = wide or c.seq_len >= LONG_ROWS or _asked(c, "seq"), wide or chips >= DEEP_PIPELINE or _asked(c, "stage")
     repeats = max(r for _, _, r in layers.segments)
     limits = {
         "tensor": [n for n in divide("tensor") if n <= LARGEST_TENSOR],
@@ -117,17 +130,17 @@ def mesh_shapes(c, chips):
 
 def smallest_slice(c, place, until):
     """The name of the smallest slice of the same chip (one slice) on which the leanest settings fit, or ""."""
-    found = ""
+    state = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(abstract.model(c).state))
     for other in _slices(place):
-        if time.monotonic() > until:
-            break
-        for mesh in mesh_shapes(c, other.chips):
+        if other.chip.hbm and state > MARGIN * other.chip.hbm * other.chips:
+            continue
+        for mesh in mesh_shapes(c, other.chips, wide=True):
             plan = _plan(_lean(_on(c, mesh)), other)
             if plan is not None and Candidate({}, plan).fits:
                 return other.name
             if time.monotonic() > until:
-                break
-    return found
+                return ""
+    return ""
 
 
 def _ranked(c, place, until, log):
@@ -147,13 +160,25 @@ def _ranked(c, place, until, log):
             if plan is not None:
                 yield variant, Candidate(_overrides(c, variant), plan)
 
-    lean = [(v, x) for v, x in plans((_lean(_on(c, mesh)) for mesh in meshes), f"the {len(meshes)} meshes") if x.fits]
+    def fitting(meshes):
+        return [(v, x) for v, x in plans((_lean(_on(c, mesh)) for mesh in meshes), f"the {len(meshes)} meshes") if x.fits]
+
+    lean = fitting(meshes)
+    if not lean:
+        log("search: no mesh fits; trying also sequences and layers in more pieces")
+        more = [mesh for mesh in mesh_shapes(c, place.chips, wide=True) if mesh not in meshes]
+        lean, meshes = fitting(more), meshes + more
     lean.sort(key=lambda pair: pair[1].plan.seconds)
     found = [x for _, x in lean]
     log(f"search: {len(found)} of {len(meshes)} meshes fit at their least memory")
-    for remat in dict.fromkeys((c.model.remat, "full", *REMAT)):
-        variants = (v for one, _ in lean for v in _variants(one, remat))
-        found += [x for _, x in plans(variants, f"the variants with remat={remat}")]
+    groups = [(r.kinds, r.repeats) for r in segments(abstract.model(c).resolved.layers, c.model.scan_layers)]
+    chosen = dict.fromkeys((c.model.remat, *policies(abstract.model(c).resolved, groups, c.seq_len, place.chip, until))) if lean else ()
+    for first in range(0, len(lean), AT_ONCE):
+        some = lean[first : first + AT_ONCE]
+        variants = (v for remat in chosen for one, _ in some for v in _variants(one, remat))
+        found += [x for _, x in plans(variants, f"the variants of mesh {first + 1} to {first + len(some)}")]
+        if time.monotonic() > until:
+            break
     if not found:  # what changes the arithmetic is tried last
         found = [x for _, x in plans((_half_precision(_lean(_on(c, mesh))) for mesh in meshes), "sums in bfloat16")]
     unique = list({x.text: x for x in found}.values())
@@ -221,37 +246,39 @@ def _overrides(before, after):
 
 
 def _confirmed(config, candidates, compile, until, log):
-    """The candidates with the compiler's plan for the best ones, those that fit by it first."""
-    done, longest = [], 0.0
-    for number, candidate in enumerate(candidates[:CONFIRMED]):
+    """(those of the best that fit by the compiler, fastest first; those that it was not asked about). Goes on until CONFIRMED fit."""
+    fitting, asked, longest = [], 0, 0.0
+    for candidate in candidates:
         begin = time.monotonic()
+        if len(fitting) == CONFIRMED:
+            break
         if begin + longest > until:
             log("search: no time left to compile the next one")
             break
-        log(f"search: compiling {number + 1} of {min(CONFIRMED, len(candidates))}: {candidate.text}")
-        compiled = compile(apply(config, candidate.overrides))
+        asked += 1
+        log(f"search: compiling {asked}, {len(fitting)} of {CONFIRMED} confirmed: {candidate.text}")
+        try:
+            compiled = compile(apply(config, candidate.overrides))
+        except (CompilerError, ConfigError) as error:
+            log(f"search: dropped, it does not compile: {error}")
+            continue
         longest = max(longest, time.monotonic() - begin)
-        done.append(dataclasses.replace(candidate, compiled=compiled))
-        verdict = "fits" if compiled.fits else "does not fit"
-        log(f"search: {verdict}; a step takes {compiled.seconds:.3g} s by the compiler, {candidate.plan.seconds:.3g} s by formula")
-    rest = candidates[len(done) :]
-    return sorted((x for x in done if x.fits), key=lambda x: x.best.seconds) + rest
+        if compiled.fits:
+            fitting.append(dataclasses.replace(candidate, compiled=compiled))
+            log(f"search: fits; a step takes {compiled.seconds:.3g} s by the compiler, {candidate.plan.seconds:.3g} s by formula")
+        else:
+            log(f"search: does not fit: {compiled.out_of_memory or 'more memory than there is'}")
+    return sorted(fitting, key=lambda x: x.best.seconds), candidates[asked:]
 
 
 def _slices(place):
-    """Single slices of the same chip by size, as topologies."""
+    """Single slices of the same chip by size, as topologies; of TPUs those whose size is a power of two."""
     name = place.chip.name
     if place.platform != "tpu":
         kind = place.name.rpartition(":")[0]
         yield from (topology.parse(f"{kind}:{2**k}") for k in range(13))
         return
-    for k in range(14):
-        number = 2**k
-        if number <= LARGEST_SLICE.get(name, 4096):
-            try:
-                yield topology.parse(f"{name}-{number}")
-            except ConfigError:
-                continue
+    yield from (topology.parse(topology.slice_name(name, n)) for n in topology.named_slices(name) if n & (n - 1) == 0)
 
 
 def _asked(c, axis):

@@ -19,13 +19,11 @@ from effmodels.config import ConfigError
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, layouts
-from effmodels.plan import executed, topology
+from effmodels.plan import decoding, executed, topology
 from effmodels.train import budget
 from effmodels.train.setup import Setup
 
 WHAT = ("train", "prefill", "decode")
-# Which mesh rule splits a dim of a decoding state, by the letter that stands for it in the field's name (k_BSKH).
-_STATE_DIMS = {"B": "batch", "N": "act_heads", "K": "act_kv_heads", "S": "kv_seq"}
 
 
 def main(request_file, result_file):
@@ -61,9 +59,10 @@ def _compile(request):
         "stages": setup.stages,
         "rounds": setup.options.rounds,
         "balance": _balance(setup),
+        "filled": setup.filled() if what == "train" else 1.0,
         **_work(setup, what),
         "accumulates": what == "train" and (setup.accumulation == "loop" or setup.config.batch_size > setup.micro_batch),
-        "notes": setup.spread() if what == "train" else [],
+        "notes": setup.spread() if what == "train" else state.notes,
         **(state if what == "train" else state.record()),
     }
 
@@ -117,7 +116,8 @@ def _program(setup, trace, name, request):
 
 def _memory(analysis):
     names = ("argument", "output", "alias", "temp", "generated_code", "host_argument", "host_output", "host_temp")
-    return {name: int(getattr(analysis, f"{name}_size_in_bytes", 0) or 0) for name in names}
+    peak = int(getattr(analysis, "peak_memory_in_bytes", 0) or 0)
+    return {name: int(getattr(analysis, f"{name}_size_in_bytes", 0) or 0) for name in names} | {"peak": peak}
 
 
 def _train_state(setup):
@@ -151,7 +151,8 @@ class _Decoding:
         c, self.setup, self.mesh, self.rules = setup.config, setup, setup.mesh, rules
         self.graphdef = model_state.split(setup.model)[0]
         self.params, self.buffers = self._place(setup.abstract_params), self._place(setup.abstract_buffers)
-        state = jax.eval_shape(lambda: setup.model.init_state(c.batch_size, c.seq_len))
+        state = decoding.state(c.model, c.batch_size, c.seq_len)
+        self.notes = list(decoding.notes(state, setup.mesh.shape, rules))
         self.state = jax.tree_util.tree_map_with_path(self._state_array, state)
         self.rows = self._array((c.batch_size,), jnp.int32, ("batch",))
 
@@ -201,11 +202,7 @@ class _Decoding:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _state_array(self, path, a):
-        letters = getattr(path[-1], "name", "").rpartition("_")[2]
-        dims = [_STATE_DIMS.get(letter) for letter in letters if letter.isupper()][: a.ndim]
-        dims = [None] * (a.ndim - len(dims)) + dims  # stacked layers stand first
-        fits = [d if d and n % axes.shards(d, mesh=self.mesh, rules=self.rules) == 0 else None for n, d in zip(a.shape, dims)]
-        return self._array(a.shape, a.dtype, fits)
+        return self._array(a.shape, a.dtype, decoding.placed(path, a.shape, self.mesh.shape, self.rules).dims)
 
 
 def phase(text):
@@ -235,7 +232,6 @@ def _readable(path):
 
 def _local(array, sharding):
     return math.prod(sharding.shard_shape(array.shape)) * jnp.dtype(array.dtype).itemsize
-
 
 
 if __name__ == "__main__":

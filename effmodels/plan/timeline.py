@@ -30,17 +30,18 @@ BANDS = {"v4": (1.05, 1.25)}
 HOST_BYTES = 8e9  # bytes/s between a chip and its host: a guess, four chips on one PCIe switch
 
 
-def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, wrap=None) -> list[Operation]:
+def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, wrap=None, filled=1.0) -> list[Operation]:
     """Every instruction of one chip that takes time, in the order of execution, with `calls` as often as its loops run.
 
     mesh: the program's; its devices tell where on the torus they are. chip_name: of `chips.CHIPS`. dumped: the `dump.Dump` of the same
     compilation, whose bundles are then simulated. kernel_seconds: {kernel name, as `kernel_time.name` gives it: seconds of one run}, which
-    go before the table. wrap: as of `wire.Wires`.
+    go before the table. wrap: as of `wire.Wires`. filled: the share of the experts' buffers that holds rows; a
+    ragged exchange sends, and a grouped product multiplies, only those.
     """
     chip = chips.get(chip_name)
     costs = schedule.profile(hlo_text, dumped, chip_name, strict=False) if dumped is not None else []
     module, known = hlo.parse(hlo_text), {c.name: c for c in costs}
-    player = _Player(module, mesh, chip, Wires(mesh, chip, wrap), Origins(hlo_text, module), known, kernel_seconds or {})
+    player = _Player(module, mesh, chip, Wires(mesh, chip, wrap), Origins(hlo_text, module), known, kernel_seconds or {}, filled)
     return player.play(module.entry, 1)[0]
 
 
@@ -111,10 +112,10 @@ class _Clock:
 
 
 class _Player:
-    def __init__(self, module, mesh, chip, wires, origins, costs, kernel_seconds):
+    def __init__(self, module, mesh, chip, wires, origins, costs, kernel_seconds, filled):
         self.module, self.mesh, self.chip, self.wires, self.origins = module, mesh, chip, wires, origins
         self.costs, self.kernel_seconds, self.traffic = costs, kernel_seconds, traffic.Traffic(module)
-        self.cycle = movement.cycle(chip)
+        self.cycle, self.filled = movement.cycle(chip), filled
 
     def play(self, computation, calls):
         """(operations, seconds of one run) of a computation that runs `calls` times."""
@@ -179,6 +180,8 @@ class _Player:
         if i.is_kernel:
             flops, moved = (kernel_time.estimate(i).get(key, default) for key, default in (("flops", 0.0), ("bytes_accessed", moved)))
         seconds, basis = self._seconds(i, flops, moved)
+        if i.is_kernel and kernel_time.name(i).startswith("grouped_matmul"):
+            seconds, flops = max(seconds * self.filled, moved / self.chip.bandwidth), flops * self.filled
         return Operation(i.name, kind, calls, seconds, basis, flops=flops, bytes=moved, **self._origin(i))
 
     def _seconds(self, i, flops, moved):
@@ -198,6 +201,7 @@ class _Player:
 
     def _collectives(self, i, members, asynchronous, calls, clock, found):
         for c in members:
+            c = dataclasses.replace(c, size=c.size * self.filled) if c.kind == "ragged-all-to-all" else c
             time = self.wires.time(c)
             end = clock.occupy(time)
             if asynchronous:

@@ -30,6 +30,7 @@ GENERATIONS = ("v4", "v5e", "v5p", "v6e")  # for which every kernel is compiled 
 _ALIASES = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e"}
 _CORES_IN_NAME = {"v4": 2, "v5p": 2, "7x": 2}  # Cloud's names count TensorCores of these, chips of the others: v4-128 is 64 chips
 _LARGEST_SQUARE = 16  # of the generations with a two-dimensional torus
+_LARGEST_SLICE = {"v4": 4096, "v5p": 6144, "7x": 9216}  # chips; v5p: of one job, its pod has more
 _FORMS = "v4:4x4x4, v4-128 (128 TensorCores, 64 chips), v5e:2x4, v5p:2x2x2, v6e:16x16, 7x:2x2x1, cpu:8, gpu:h200:8"
 
 
@@ -119,20 +120,34 @@ def _hosts_of(kind, rest, text, slices):
     return Topology(f"{kind}:{rest}", chips.get(model) if model else chips.share_of_cpu(n), (n,), n, 1, (False,))
 
 
+def named_slices(family) -> dict[int, tuple[int, ...]]:
+    """{chips: shape} of the slices that Cloud has a name for, ascending; of several shapes of one size the most compact."""
+    if chips.CHIPS[family].torus_dims == 2:
+        shapes = [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+    else:  # any box of whole cubes (arXiv:2304.01433, section 2), or a part of one cube
+        cubes = [cube for n in range(1, _LARGEST_SLICE[family] // 64 + 1) for cube in _shapes(3, n)]
+        shapes = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
+        shapes += [tuple(4 * n for n in cube) for cube in sorted(cubes, key=lambda cube: (math.prod(cube), -sum(cube), cube))]
+    return {math.prod(shape): shape for shape in shapes}
+
+
+def slice_name(family, number) -> str:
+    """Cloud's name of a slice of this many chips: v4-128 for 64."""
+    return f"{family}-{number * _CORES_IN_NAME.get(family, 1)}"
+
+
 def _shape_of(family, size, text):
-    """The shape that Cloud gives a slice of this size: the most compact one."""
+    """The shape of a slice by the number in Cloud's name."""
     cores = _CORES_IN_NAME.get(family, 1)
     if not size.isdigit() or int(size) < 1 or int(size) % cores:
         what = "TensorCores, two on each chip" if cores == 2 else "chips"
         raise ConfigError(f"topology {text!r}: the number counts {what}; got {size!r}. Write {_FORMS}.")
-    number = int(size) // cores
-    shapes = _shapes(chips.CHIPS[family].torus_dims, number)
-    found = [s for s in shapes if number == 1 or all(n in (1, 2) or n % 4 == 0 for n in s) and s.count(1) < len(s) - 1]
-    if not found:
-        sizes = [n * cores for n in (2**k for k in range(14)) if abs(math.log2(n / number)) <= 1.5]
-        raise ConfigError(f"topology {text!r}: no slice has {number} chips; near are {', '.join(f'{family}-{n}' for n in sizes)}.")
-    best = min(found, key=lambda s: (sum(s), s))
-    return best if best.count(1) != 1 or len(best) == 2 else (*[n for n in best if n > 1], 1)  # 2x2x1, not 1x2x2
+    number, shapes = int(size) // cores, named_slices(family)
+    if number not in shapes:
+        below, above = [n for n in shapes if n < number][-1:], [n for n in shapes if n > number][:1]
+        names = " and ".join(slice_name(family, n) for n in (*below, *above))
+        raise ConfigError(f"topology {text!r}: no slice has {number} chips; nearest: {names}.")
+    return shapes[number]
 
 
 def _shapes(dims, number):

@@ -158,23 +158,27 @@ class Setup:
             where = {w: "with all keys" if w is None else f"in a window of {w}" for w in shares}
             each = [f"{share:.0%} of the devices at work {where[w]}" for w, share in shares.items()]
             lines.append("; ".join([f"sequence: {self.pieces} parts, {self.options.layout}, {self.options.attention}", *each]))
-        return lines + self._exchanges()
+        width = c.model.d_model * jnp.dtype(c.model.compute_dtype).itemsize
+        return lines + [
+            f"{part.name}: {part.config.num_experts} experts on {parts} devices, {form}; each pair of them has room for {rows:,} rows "
+            f"(worst case {worst:,}, even loads {even:,}), {rows * parts * width / 1e6:,.1f} MB of buffer per device and direction"
+            for part, parts, (form, rows, worst, even) in self._exchanges()
+        ]
+
+    def filled(self):
+        """The share of the experts' buffers that holds tokens where loads are even (of the fullest kind of layer; 1: nothing travels)."""
+        return max((min(1.0, even / rows) for _, _, (_, rows, _, even) in self._exchanges()), default=1.0)
 
     def _exchanges(self):
-        """What travels to experts on other devices, for each kind of MoE layer."""
-        c, lines = self.config, []
-        width = c.model.d_model * jnp.dtype(c.model.compute_dtype).itemsize
+        """(part, devices, `room`) of each kind of MoE layer whose tokens travel to experts on other devices."""
+        c, found = self.config, []
         for part in dict.fromkeys(kind.channel for kind in resolve(c.model).layers if kind.channel.cls.reports_load):
             e, parts = part.config, axes.shards("expert", mesh=self.mesh, rules=self.rules)
             with self.context():
-                found = room(self.micro_batch, c.seq_len, e.top_k, e.num_experts, e.capacity_factor and capacity(e, c.seq_len))
-            if found:
-                form, rows, worst = found
-                lines.append(
-                    f"{part.name}: {e.num_experts} experts on {parts} devices, {form}; each pair of them has room for {rows:,} rows "
-                    f"(worst case {worst:,}), {rows * parts * width / 1e6:,.1f} MB of buffer per device and direction"
-                )
-        return lines
+                rooms = room(self.micro_batch, c.seq_len, e.top_k, e.num_experts, e.capacity_factor and capacity(e, c.seq_len))
+            if rooms:
+                found.append((part, parts, rooms))
+        return found
 
     def context(self):
         """The mesh and rules in force, per thread; nothing on a single device, where no op needs to be split."""

@@ -30,6 +30,20 @@ def test_the_key_holds_everything_that_is_asked_for(monkeypatch):
     assert cache.key(request) != one
 
 
+@pytest.mark.parametrize("name", ["LIBTPU_INIT_ARGS", "XLA_FLAGS", "JAX_ENABLE_X64"])
+def test_the_key_holds_what_the_environment_tells_the_compiler(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    one = cache.key({})
+    found = {one}
+    for value in ("--xla_a=1", "--xla_a=2"):
+        monkeypatch.setenv(name, value)
+        found.add(cache.key({}))
+    assert len(found) == 3
+    monkeypatch.setenv(name, "" if name != "XLA_FLAGS" else "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("JAX_PLATFORMS", "another")
+    assert cache.key({}) == one
+
+
 def test_the_digest_sees_what_changes_a_step_and_not_the_report(tmp_path, monkeypatch):
     for name in ("effmodels/plan/step.py", "effmodels/plan/answer.py", "effmodels/models/decoder.py", "pallas_kernels/k.py"):
         path = tmp_path / name

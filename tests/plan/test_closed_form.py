@@ -7,12 +7,14 @@ from configs import common, quickstart
 from effmodels.config import ConfigError
 from effmodels.mixers import registry
 from effmodels.mixers.retention import Retention
-from effmodels.parallel import layouts, pipeline
-from effmodels.plan import abstract, chips, closed_form, executed, records, topology, volumes
-from effmodels.plan.collectives import collectives
+from effmodels.parallel import axes, layouts, pipeline
+from effmodels.plan import abstract, chips, closed_form, executed, records, step, topology, volumes
+from effmodels.plan.collectives import Collective, collectives
 from effmodels.plan.topology import Topology
+from effmodels.plan.wire import Wires
 from effmodels.train import budget
 from effmodels.train.setup import Setup
+from tests.plan.programs import torus
 
 CPU = chips.measured("cpu", 1e11, 1e10)
 
@@ -117,13 +119,52 @@ def test_serving_holds_the_state_of_its_rows():
     c = small()
     run = abstract.run(c, cpus(4), {"data": 2, "tensor": 2})
     prefill, decode = (closed_form.plan(c, cpus(4), {"data": 2, "tensor": 2}, what) for what in ("prefill", "decode"))
-    assert decode.memory.activations == prefill.memory.activations == run.cost.decode_state_bytes * 16 / 2 / 2
+    split = run.cost.decode_state_bytes * 16 / 2 / 2
+    assert split <= decode.memory.activations == prefill.memory.activations <= 1.05 * split  # indices of slots have no heads to split
+    assert (decode.steps, decode.checkpoint_bytes, decode.host_save_bytes) == (1, 0, 0)  # nothing of training
     assert decode.model_flops == run.cost.decode_flops_per_token * 16 and decode.tokens == 16
     assert prefill.model_flops == run.cost.prefill_flops_per_token * 16 * c.seq_len
     with pytest.raises(ValueError, match="expected train, prefill or decode"):
         closed_form.plan(c, cpus(4), what="serve")
     with pytest.raises(ConfigError, match="cannot be split over"):
         closed_form.plan(c, cpus(6), {"data": 6})
+
+
+WHOLE = {"kv_heads": "none", "act_kv_heads": "none"}
+
+
+@pytest.mark.parametrize("rules, heads", [({}, 4), (WHOLE, 4), (WHOLE, 1), ({"kv_heads": "none"}, 1)], ids=str)
+def test_the_decoding_state_is_what_the_compiled_step_holds(rules, heads):
+    """One head of keys and values, or heads that the rules leave whole, lie on all four devices of the tensor axis; that is told."""
+    c = small()
+    c.model.pattern, c.model.mixers = ("attention",), {"attention": {"num_heads": 4, "num_kv_heads": heads}}
+    c.rules.update(rules)
+    c.mesh.update(data=2, tensor=4)
+    plan = closed_form.plan(c, cpus(8), what="decode")
+    setup = Setup(c, lambda text: None, jax.devices()[:8])
+    held = step._Decoding(setup, axes.decode_rules(setup.rules))
+    assert plan.memory.activations == held.record()["bytes"]["activations"]
+    told = "decoding state: act_kv_heads=1 does not divide by 4, so that 4 devices hold the same values of k_"
+    assert len(held.notes) == (len(rules) == 1) and set(held.notes) <= set(plan.notes)
+    assert all(note.startswith(told) for note in held.notes)
+
+
+@pytest.mark.parametrize("name, number, expected", [
+    ("v4:2x2x1", 4, 2), ("v4:2x2x1", 2, 1),  # nothing closes
+    ("v4:4x4x4", 4, 2), ("v4:4x4x4", 16, 4), ("v4:4x4x4", 64, 6), ("v4:4x4x4", 2, 1), ("v4:8x8x16", 4, 1), ("v4:8x8x16", 32, 3),
+    ("v5e:2x4", 8, 2), ("v5e:16x16", 16, 2), ("v6e:16x16", 256, 4), ("7x:2x2x1", 2, 6), ("7x:2x2x1", 8, 2),
+])  # fmt: skip
+def test_links_of_an_axis(name, number, expected):
+    assert closed_form.links(number, topology.parse(name)) == expected
+
+
+@pytest.mark.parametrize("dims, group", [((2, 2), 4), ((4, 4, 4), 4), ((4, 4, 4), 16), ((8, 8, 8), 4)], ids=str)
+def test_links_are_those_of_the_wires(dims, group):
+    place = topology.parse("v4:" + "x".join(map(str, (*dims, 1)[:3])))
+    wires = Wires(torus(*dims, n=place.chips), place.chip, wrap=place.wrap)
+    one = Collective("all-gather", "c", (), group, 10**12, 1, None, (tuple(range(group)),), 0)
+    sent = 10**12 * (group - 1) / group
+    assert sent / wires.time(one).seconds == pytest.approx(closed_form.links(group, place) * place.chip.ici, rel=1e-3)
 
 
 # Against the compiler, four chips of TPU v4: (mesh, other fields).
@@ -169,5 +210,3 @@ def test_against_the_compiler(name):
     for v in volumes.volumes(abstract.run(c, place)):
         formula[v.axes] = formula.get(v.axes, 0.0) + v.bytes * v.calls
     assert sent.keys() == formula.keys() and all(formula[a] == pytest.approx(sent[a], rel=0.05) for a in sent)
-
-

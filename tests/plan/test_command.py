@@ -34,8 +34,47 @@ def test_a_fast_plan_with_its_files_and_a_status(tmp_path):
     [
         (["--topology=v4:3x3x1"], "error: topology 'v4:3x3x1': a host of v4 has 2x2x1 chips, which does not divide 3x3x1; the"),
         (["--topology=v4:2x2x1", "--mesh=fsdp:4"], "error: --mesh=fsdp:4: expected sizes as in data=8,fsdp=16."),
+        (["--topology=v4:2x2x1", "--search", "--what=decode"], "error: --search looks for settings of training, not of --what=decode;"),
+        (["--topology=v4:2x2x1", "--search", "--memory"], "error: --search compares times, which --memory does not estimate;"),
+        (["--topology=v4:2x2x1", "--json=no/such/folder/p.json"], "error: --json=no/such/folder/p.json: this file cannot be written;"),
+        (["--topology=v4:2x2x1", "--png=."], "error: --png"),
     ],
 )
-def test_mistakes(flags, message):
-    done = run(*flags, "--fast")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(message)
+def test_mistakes_are_told_before_anything_is_planned(flags, message):
+    done = run(*flags)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(message) and not done.stdout
+
+
+# A compiler that gives only memory at level O0, and otherwise breaks.
+NO_COMPILER = """
+import runpy, sys
+from effmodels.plan import dump, program
+from tests.plan import plans
+
+def plan(config, place, *, level=None, **more):
+    if level:
+        return plans.memory_only()
+    raise dump.CompilerError("it broke")
+
+program.plan = plan
+sys.argv[0] = "plan"
+runpy.run_module("experiments.plan", run_name="__main__")
+"""
+
+
+def run_without_compiler(*flags):
+    command = [sys.executable, "-c", NO_COMPILER, "--config=configs/quickstart.py:test", "--notables", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def test_without_an_estimate_there_is_no_mfu_to_compare():
+    done = run_without_compiler("--topology=v4:2x2x1", "--memory", "--min_mfu=0.4")
+    assert done.returncode == 1 and done.stdout.endswith("status 1: there is no estimate of the MFU to compare with --min_mfu.\n"), done
+
+
+def test_a_search_answers_in_closed_form_first_and_goes_on_when_the_compiler_breaks():
+    done = run_without_compiler("--topology=v4:2x2x1", "--search", "--search_seconds=6", "--config.model.num_layers=1")
+    assert done.returncode == 0 and "closed form, nothing compiled" in done.stdout, done
+    assert "those that fit, fastest first:\n  none\n" in done.stdout and "smallest slice on which it fits: v4:1x1x1" in done.stdout
+    dropped, left = (done.stdout.count(text) for text in ("dropped, it does not compile: it broke", " (closed form): --config."))
+    assert dropped + left == 10 and (not left or "by formula only, not confirmed by the compiler:\n" in done.stdout)

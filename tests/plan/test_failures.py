@@ -49,6 +49,11 @@ def test_llama_3_failed_every_three_hours_and_copies_in_memory_raise_goodput():
     assert run.copy_chip_hours < run.chip_hours and run.interval_steps == round(run.interval / 5)
 
 
+def test_the_source_of_the_rate_is_named():
+    assert failures.failures(64, 60.0).source == "assumed: as H100s in arXiv:2407.21783"
+    assert failures.failures(64, 60.0, mtbf_chip_hours=1e5).source == "as given"
+
+
 def test_more_chips_mean_less_goodput():
     shares = [failures.failures(n, 60.0).goodput for n in (1, 64, 1024, 4096)]
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.99

@@ -1,7 +1,7 @@
 """Memory by category, the largest buffers, and the compiler's words when a program does not fit."""
 import pytest
 
-from effmodels.plan import heap, memory
+from effmodels.plan import heap, memory, program
 from effmodels.plan.heap import Buffer
 
 GIB = 2**30
@@ -54,6 +54,23 @@ def test_every_byte_is_in_one_category(monkeypatch):
     names = [what for what, _ in largest]
     assert "kept for the backward pass: bf16[4,8] dot_general (mlp, effmodels/layers/linear.py:1)" in names
     assert "2 x temporary: f32[9] exp" in names and "parameters: float32[6, 256] embed" in names
+
+
+def test_the_total_is_what_the_compiler_reports_of_hbm(monkeypatch):
+    """Two of the ten GiB of temporaries lie in another memory of the chip; activations are what is left of them when there are fewer."""
+    monkeypatch.setattr(heap, "fullest", lambda text: buffers())
+    whole, _ = memory.memory(COMPILED, [({"name": "train_step", "memory": SAID | {"hbm": 21 * GIB}}, "")], 30 * GIB)
+    assert (whole.gradients, whole.activations, whole.temporaries) == (2 * GIB, 3 * GIB, 3 * GIB) and whole.total == 21 * GIB + 7
+    whole, _ = memory.memory(COMPILED, [({"name": "train_step", "memory": SAID | {"hbm": 17 * GIB}}, "")], 30 * GIB)
+    assert (whole.gradients, whole.activations, whole.temporaries) == (2 * GIB, 2 * GIB, 0) and whole.total == 17 * GIB + 7
+
+
+def test_the_compilers_report_is_read(tmp_path):
+    text = "Memory Space: default (color=0)\nTotal bytes: 4110841344 (3.83GiB)\n 1; 2\n\nMemory Space: hbm (color=3)\nTotal bytes: 7 (7B)\n"
+    name = "module_3514.jit_train_step.cl_933746096.after_optimizations-memory-usage-report.txt"
+    assert program._reported(tmp_path, "train_step") == 0
+    (tmp_path / name).write_text(text)
+    assert program._reported(tmp_path, "train_step") == 4110841344 and program._reported(tmp_path, "micro_step") == 0
 
 
 def test_results_that_take_no_arguments_place_count(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from configs import moe_1b, quickstart
 from effmodels.config import ConfigError, ModelConfig
 from effmodels.models import cost
-from effmodels.plan import chips, dump, program, records
+from effmodels.plan import chips, dump, program, records, topology
 from effmodels.train.run_config import jsonable
 from effmodels.train.setup import Setup
 
@@ -194,6 +194,9 @@ def test_a_step_for_four_chips(what):
     found = program.plan(config, "v4:2x2x1", mesh={"fsdp": 2, "tensor": 2}, what=what, level="O0")
     whole = cost(ModelConfig.from_mapping(config.model.to_dict() | {"compute_dtype": "bfloat16"}), config.seq_len)
     assert found.fits and found.method == "memory" and found.chips == 4 and not found.operations
+    compiled = program.compile_step(program.as_mapping(config, {"fsdp": 2, "tensor": 2}), topology.parse("v4:2x2x1"), what=what, level="O0")
+    said = compiled.record["programs"][0]["memory"]  # the compiler's report is more than what is alive at once, by what lies between
+    assert found.memory.total == said["hbm"] + said["generated_code"] and said["peak"] < said["hbm"] < said["argument"] + 2 * said["temp"]
     assert whole.param_bytes / 4 <= found.memory.parameters < 0.6 * whole.param_bytes  # heads over tensor, the rest over fsdp as well
     if what == "decode":
         assert found.tokens == config.batch_size and found.model_flops == whole.decode_flops_per_token * config.batch_size

@@ -1,10 +1,13 @@
 """The search: what it proposes fits, is ranked, says what to paste, and asks the compiler only as long as there is time."""
 import dataclasses
+import itertools
 
 import pytest
 
 from configs import quickstart
-from effmodels.plan import chips, closed_form, search
+from effmodels.config import REMAT
+from effmodels.plan import chips, closed_form, policies, search, topology
+from effmodels.plan.dump import CompilerError
 from effmodels.plan.topology import Topology
 from effmodels.train.run_config import RunConfig
 
@@ -78,11 +81,59 @@ def test_the_compiler_confirms_the_best_until_the_time_is_up(found):
     def compile(c):
         asked.append(c)
         plan = closed_form.plan(c, place(4))
+        if len(asked) == 2:
+            raise CompilerError("it broke")
         return dataclasses.replace(plan, out_of_memory="no" if len(asked) == 1 else "", method="compiled")
 
-    best = list(found.candidates[:4])
-    confirmed = search._confirmed(config(), best, compile, float("inf"), lambda text: None)
-    assert len(asked) == search.CONFIRMED and asked[0]["mesh"]["data"] == best[0].overrides["mesh.data"]
-    assert best[0].text not in [x.text for x in confirmed] and confirmed[-1].compiled is None
-    assert [x.compiled.method for x in confirmed[:-1]] == ["compiled"] * 2
-    assert search._confirmed(config(), best, compile, 0.0, lambda text: None) == best and len(asked) == search.CONFIRMED
+    best, told = list(found.candidates[:6]), []
+    confirmed, rest = search._confirmed(config(), best, compile, float("inf"), told.append)
+    assert len(asked) == search.CONFIRMED + 2 and asked[0]["mesh"]["data"] == best[0].overrides["mesh.data"]
+    assert {x.text for x in confirmed} == {x.text for x in best[2:5]} and rest == best[5:]  # the first does not fit, the second breaks
+    assert [x.compiled.method for x in confirmed] == ["compiled"] * search.CONFIRMED
+    assert "search: dropped, it does not compile: it broke" in told and "search: does not fit: no" in told
+    assert search._confirmed(config(), best, compile, 0.0, lambda text: None) == ([], best) and len(asked) == search.CONFIRMED + 2
+
+
+def test_what_no_compiler_confirmed_is_listed_apart(monkeypatch):
+    """All that is compiled does not fit: nothing is proposed, and what was not asked about is not among the candidates."""
+    monkeypatch.setattr(search, "_confirmed", lambda config, best, *more: ([], best[2:]))
+    found = search.search(config(), place(4), seconds=5, log=lambda text: None, compile=lambda c: None)
+    assert found.candidates == () and found.unconfirmed and all(x.compiled is None for x in found.unconfirmed)
+
+
+def test_policies_are_named_by_what_they_save_for_their_bytes():
+    """Keeping a product of 32 x 64 values saves as much work as one of 32 x 32 needs twice the bytes; each list holds the one before."""
+    c = RunConfig.from_mapping(config(), "cpu")
+    model = search.abstract.model(c)
+    found = policies.policies(model.resolved, [(model.resolved.layers[:1], 2)], c.seq_len, place(4).chip)
+    assert found[:4] == REMAT and "save:kernel" in found and "save:heads,kv_heads,embed,kernel" in found
+    lists = [set(p.removeprefix("save:").split(",")) for p in found[6:]]
+    everything = lists + [{"heads", "kv_heads", "embed", "kernel"}]
+    assert {"heads", "kv_heads", "embed", "mlp"} <= set().union(*everything)
+    assert all(a < b for a, b in itertools.pairwise(lists))
+    assert len(found) == len(set(found)) and all(RunConfig.check(_with_remat(p)) is None for p in found)
+
+
+def _with_remat(remat):
+    c = config()
+    c.train.remat = remat
+    return RunConfig.from_mapping(c, "cpu")
+
+
+@pytest.mark.parametrize("name, largest", [("v4:2x2x1", 4096), ("v5p:2x2x1", 4096), ("7x:2x2x1", 2 * 8192), ("v5e:2x4", 256)])
+def test_slices_go_to_the_largest_of_a_generation(name, largest):
+    """In devices, of which a 7x chip has two: a config that needs a whole pod of v4 finds it."""
+    sizes = [x.chips for x in search._slices(topology.parse(name))]
+    assert sizes == sorted(set(sizes)) and sizes[-1] == largest and all(n & (n - 1) == 0 for n in sizes)
+
+
+def test_the_smallest_slice_is_the_first_that_fits(monkeypatch):
+    c, one = RunConfig.from_mapping(config(), "cpu"), place(1)
+    whole = closed_form.price(search.abstract.place(search._lean(_on({"data": 1, "fsdp": 4})), place(4)), place(4)).memory.total
+    monkeypatch.setattr(search, "_slices", lambda _: [place(n, hbm=int(whole / search.MARGIN) + 1) for n in (1, 2, 4, 8)])
+    assert search.smallest_slice(c, one, float("inf")) == "cpu:4"
+
+
+def test_what_fits_no_plain_mesh_is_tried_with_more_pieces():
+    plain, wide = search.mesh_shapes(_on({}), 8), search.mesh_shapes(_on({}), 8, wide=True)
+    assert all(mesh in wide for mesh in plain) and {mesh["stage"] for mesh in wide} == {1, 2}

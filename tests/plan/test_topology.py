@@ -43,7 +43,13 @@ def test_names(text, name, devices, hosts, rings):
         ("v5e:2x2x1", r"v5e has a torus of 2 dims, as in v5e:2x4; got 3"),
         ("v5e:32x16", r"slices of up to 16x16 chips; take more of them with slices="),
         ("v4-7", r"the number counts TensorCores, two on each chip; got '7'"),
-        ("v4-200", r"no slice has 100 chips; near are v4-128, v4-256"),
+        ("v4-200", r"no slice has 100 chips; nearest: v4-128 and v4-256\."),
+        ("v4-4", r"no slice has 2 chips; nearest: v4-2 and v4-8\."),
+        ("v4-12", r"no slice has 6 chips; nearest: v4-8 and v4-16\."),
+        ("v4-400", r"no slice has 200 chips; nearest: v4-384 and v4-512\."),
+        ("v4-10000", r"no slice has 5000 chips; nearest: v4-8192\."),
+        ("v5e-2", r"no slice has 2 chips; nearest: v5e-1 and v5e-4\."),
+        ("7x-4", r"no slice has 2 chips; nearest: 7x-2 and 7x-8\."),
         ("v4", r"expected a shape or a size; write v4:4x4x4"),
         ("v4-8:2x2x1", r"expected a shape or a size"),
         ("gpu:b300:8", r"unknown GPU 'b300'. .*Available: a100, h100, h200. Write gpu:h200:8"),
@@ -54,6 +60,15 @@ def test_names(text, name, devices, hosts, rings):
 def test_names_that_do_not_exist(text, message):
     with pytest.raises(ConfigError, match=message):
         topology.parse(text)
+
+
+@pytest.mark.parametrize("family, largest", [("v4", 4096), ("v5e", 256), ("v5p", 6144), ("v6e", 256), ("7x", 9216)])
+def test_every_slice_has_a_name_that_means_it(family, largest):
+    found = topology.named_slices(family)
+    assert list(found) == sorted(found) and max(found) == largest
+    for number, shape in found.items():
+        place = topology.parse(topology.slice_name(family, number))
+        assert place.shape == shape and place.chips == number * place.chip.devices_per_chip and topology.parse(place.name) == place
 
 
 def test_slices_are_of_tpus():

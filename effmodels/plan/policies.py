@@ -1,0 +1,33 @@
+"""Which results are worth keeping for the backward pass (remat="save:..."): work saved for their bytes, by the traced layers."""
+import math
+from time import monotonic
+
+from effmodels.config import REMAT, SAVE, SAVEABLE
+from effmodels.plan import liveness
+
+USUAL = (("kernel",), ("kernel", "heads", "kv_heads", "embed"))  # what kernels return; all but the products inside MLPs
+
+
+def policies(resolved, groups, time, chip, until=math.inf):
+    """Recomputation policies to try: the plain ones, USUAL, and of the names that save work the cheapest, the two cheapest, and so on.
+
+    groups: [(LayerKinds of a period, repeats)] of a resolved model; time: tokens of one row on one `chips.Chip`. until: of the monotonic
+    clock, when no further name is traced.
+    """
+
+    def work_and_bytes(remat):
+        """FLOPs of the backward pass and bytes that wait for it, of one row through all layers."""
+        periods = [(liveness.period(resolved, kinds, remat, time, chip), repeats) for kinds, repeats in groups]
+        kept = (sum(math.prod(a.shape) * a.itemsize for a in p.kept) * repeats for p, repeats in periods)
+        return sum(p.flops[1] * repeats for p, repeats in periods), sum(kept)
+
+    (most, least), worth = work_and_bytes("full"), {}
+    for name in SAVEABLE:
+        if monotonic() > until:
+            break
+        work, kept = work_and_bytes(SAVE + name)
+        if work < most:
+            worth[name] = (most - work) / max(1, kept - least)
+    ranked = sorted(worth, key=worth.get, reverse=True)
+    lists = (*USUAL, *(ranked[: k + 1] for k in range(len(ranked))))
+    return tuple(dict.fromkeys((*REMAT, *(SAVE + ",".join(sorted(names, key=SAVEABLE.index)) for names in lists))))
