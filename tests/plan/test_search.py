@@ -102,7 +102,7 @@ def test_what_no_compiler_confirmed_is_listed_apart(monkeypatch):
 
 
 def test_policies_are_named_by_what_they_save_for_their_bytes():
-    """Keeping a product of 32 x 64 values saves as much work as one of 32 x 32 needs twice the bytes; each list holds the one before."""
+    """The plain ones, the usual ones, then lists of which each holds the one before; every one is a policy that a config takes."""
     c = RunConfig.from_mapping(config(), "cpu")
     model = search.abstract.model(c)
     found = policies.policies(model.resolved, [(model.resolved.layers[:1], 2)], c.seq_len, place(4).chip)
