@@ -46,6 +46,17 @@ def base():
     return c
 
 
+def small(c):
+    """Cuts a large run down to the minute on a CPU that its `:small` form takes; the config sets its own mixers and channels."""
+    c.steps, c.batch_size, c.seq_len = 30, 8, 128
+    c.model.vocab_size, c.model.d_model, c.model.num_layers, c.model.compute_dtype = 512, 128, 4, "float32"
+    c.expect.params, c.expect.active_params = None, None
+    c.data.tokenizer = "bytes"
+    c.optim.warmup_steps, c.train.accumulation = 10, "auto"
+    c.checkpoint.every_steps = c.eval.every_steps = 15
+    c.eval.batches, c.log.every_steps = 4, 5
+
+
 def model(**fields):
     """The fields of effmodels.config.ModelConfig with their defaults, so that each can be set on the command line, and those given."""
     defaults = {

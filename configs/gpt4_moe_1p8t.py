@@ -25,19 +25,16 @@ def get_config(arg=None):
     c.expect.params, c.expect.active_params = 1.8309e12, 277.15e9
     c.data.tokenizer = "bpe:32768"
     c.optim.lr, c.optim.warmup_steps = 1e-4, 2000
-    c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = 1, -1, 16, 4
+    # 1,024 rows over fsdp and expert, four chips to a row; weights are split over the chips of a row too (docs/plans).
+    c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.seq = 1, -1, 16, 4
+    c.rules.embed, c.parallel.recv_bound = "fsdp,seq", 4.0
     c.train.remat, c.train.accumulation = "full", "scan"
     if arg == "small":
-        c.steps, c.batch_size, c.seq_len = 30, 8, 128
-        c.model.vocab_size, c.model.d_model, c.model.num_layers, c.model.compute_dtype = 512, 128, 4, "float32"
+        common.small(c)
         c.model.mixers = {"attention": {"num_heads": 4, "num_kv_heads": 2}}
         c.model.channels = {"moe": {"num_experts": 16, "top_k": 2, "hidden": 128, "activation": "gelu"}}
-        c.expect.params, c.expect.active_params = None, None
-        c.data.tokenizer = "bytes"
-        c.optim.warmup_steps, c.train.accumulation = 10, "auto"
-        c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = -1, 1, 1, 1
-        c.checkpoint.every_steps = c.eval.every_steps = 15
-        c.eval.batches, c.log.every_steps = 4, 5
+        c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.seq = -1, 1, 1, 1
+        c.rules.embed, c.parallel.recv_bound = "default", None
     elif arg:
         raise ValueError(f"configs/gpt4_moe_1p8t.py: unknown argument {arg!r}; expected nothing or 'small'.")
     return c

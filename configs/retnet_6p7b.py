@@ -30,14 +30,8 @@ def get_config(arg=None):
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.train.remat, c.train.accumulation = "full", "scan"
     if arg == "small":
-        c.steps, c.batch_size, c.seq_len = 30, 8, 128
-        c.model.vocab_size, c.model.d_model, c.model.num_layers, c.model.compute_dtype = 512, 128, 4, "float32"
+        common.small(c)
         c.model.mixers, c.model.channels = {"retention": {"num_heads": 4, "decay": "paper"}}, {"mlp": {"hidden": 256, "activation": "gelu"}}
-        c.expect.params, c.expect.active_params = None, None
-        c.data.tokenizer = "bytes"
-        c.optim.warmup_steps, c.train.accumulation = 10, "auto"
-        c.checkpoint.every_steps = c.eval.every_steps = 15
-        c.eval.batches, c.log.every_steps = 4, 5
     elif arg:
         raise ValueError(f"configs/retnet_6p7b.py: unknown argument {arg!r}; expected nothing or 'small'.")
     return c
