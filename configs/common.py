@@ -133,7 +133,7 @@ def parallel():
             "attention": "ring",  # over mesh.seq; or "all_gather" the keys, or "ulysses": exchange heads for tokens
             "states": "auto",  # recurrent states over mesh.seq pass in a "ring" or in "log" steps
             "experts": "auto",  # tokens over mesh.expert: "ragged", "padded"; "gather": the weights come to the tokens
-            "recv_bound": placeholder(float),  # padded: rows for one pair of shards, in multiples of the mean; None: the worst case
+            "recv_bound": placeholder(float),  # rows for one pair of shards, in multiples of the mean; None: the worst case
             "rounds": 1,  # over mesh.stage: how often a micro-batch goes round the stages (circular schedule)
             "zero1": False,  # the optimiser's state is split over mesh.data too
         }

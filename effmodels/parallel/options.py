@@ -24,7 +24,7 @@ class Options:
     layout: where a row's tokens lie on the `seq` axis; auto is resolved by `layouts.choose` before it gets here. attention: how
     queries meet the keys of other shards. states: how recurrent states pass over the `seq` axis. experts: how tokens travel over the
     `expert` axis.
-    recv_bound: rows that one pair of expert shards may exchange in the padded form, as a multiple of the mean; None: the worst case.
+    recv_bound: rows that one pair of expert shards has room for, as a multiple of the mean; None: the worst case.
     rounds: circular pipeline, how often a micro-batch goes round the stages. zero1: optimiser state split over `data`.
     """
 
