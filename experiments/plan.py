@@ -132,32 +132,14 @@ def _other(place):
 
 def _search(place):
     """Prints what fits, fastest first, with the overrides to paste."""
-    from effmodels.plan import program, search, units
+    from effmodels.plan import program, search
 
     def compiled(config):
         return program.plan(config, place, log=common.say)
 
     config = program.as_mapping(common.CONFIG.value, _mesh())
     by_compiler = None if _FAST.value or place.platform == "gpu" else compiled
-    found = search.search(config, place, seconds=_SEARCH_SECONDS.value, log=common.say, compile=by_compiler)
-    common.say(f"\n{found.tried} plans in {units.time(found.seconds)}; those that fit, fastest first:")
-    _say_candidates(found.candidates)
-    if found.unconfirmed:
-        common.say("by formula only, not confirmed by the compiler:")
-        _say_candidates(found.unconfirmed)
-    if found.smallest:
-        common.say(f"smallest slice on which it fits: {found.smallest}")
-
-
-def _say_candidates(candidates):
-    from effmodels.plan import units
-
-    for candidate in candidates:
-        best, how = candidate.best, "compiled" if candidate.compiled else "closed form"
-        figures = f"{units.time(best.seconds)}, MFU {best.mfu:.1%}, {units.size(best.memory.total)}"
-        common.say(f"  {figures} ({how}): {candidate.text or 'as it is'}")
-    if not candidates:
-        common.say("  none")
+    common.say("\n" + search.search(config, place, seconds=_SEARCH_SECONDS.value, log=common.say, compile=by_compiler).text())
 
 
 def _status(plan):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from effmodels.config import ConfigError
 from effmodels.models.blocks import segments
 from effmodels.parallel import axes
-from effmodels.plan import abstract, closed_form, topology
+from effmodels.plan import abstract, closed_form, topology, units
 from effmodels.plan.dump import CompilerError
 from effmodels.plan.policies import policies
 from effmodels.train.run_config import RunConfig
@@ -50,6 +50,11 @@ class Candidate:
         """What to paste behind the command."""
         return " ".join(f"--config.{name}={value}" for name, value in self.overrides.items())
 
+    def line(self):
+        """Time, MFU, memory and overrides, indented."""
+        figures = f"{units.time(self.best.seconds)}, MFU {self.best.mfu:.1%}, {units.size(self.best.memory.total)}"
+        return f"  {figures} ({'compiled' if self.compiled else 'closed form'}): {self.text or 'as it is'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -63,6 +68,14 @@ class Found:
     tried: int
     smallest: str
     seconds: float
+
+    def text(self):
+        """What was found, for people."""
+        lines = [f"{self.tried} plans in {units.time(self.seconds)}; those that fit, fastest first:"]
+        lines += [candidate.line() for candidate in self.candidates] or ["  none"]
+        if self.unconfirmed:
+            lines += ["by formula only, not confirmed by the compiler:", *(candidate.line() for candidate in self.unconfirmed)]
+        return "\n".join(lines + ([f"smallest slice on which it fits: {self.smallest}"] if self.smallest else []))
 
 
 def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
