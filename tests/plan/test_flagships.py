@@ -32,6 +32,12 @@ def test_a_report_belongs_to_its_entry(name):
     assert f"{plan.mfu:.1%}" in (FOLDER / "README.md").read_text()
 
 
+def test_the_example_of_the_document_is_a_report():
+    report = (FOLDER / "dense_65b-v4-1024.txt").read_text()
+    screen = report[report.index("configs/dense_65b.py, one"):report.index("\nTime and bytes by layer kind")].rstrip()
+    assert f"```\n{screen}\n```" in (ROOT / "docs" / "plan.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 @pytest.mark.parametrize("name", PLANS)
