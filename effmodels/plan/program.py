@@ -150,7 +150,7 @@ def _operations(record, texts, place):
         made = types.SimpleNamespace(devices=np.arange(place.chips).reshape(tuple(sizes.values())), axis_names=tuple(sizes))
     else:
         made = meshes.make_mesh(record["mesh"], place.devices())
-    known, found = {"wrap": place.wrap, "filled": record.get("filled", 1.0)}, []
+    known, found = {"wrap": place.wrap, "filled": record["filled"]}, []
     for p in record["programs"]:
         for o in timeline.merged(timeline.operations(texts[p["name"]], made, place.chip.name, **known)):
             # Simulated devices share this machine, and `timeline` prices each as if it had it alone.
