@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from effmodels.layers.positions import retnet_frequencies, rope_frequencies, rotate
+from effmodels.layers.positions import halves, retnet_frequencies, rope_frequencies, rotate
 from tests.numerics import assert_close
 
 POSITIONS = np.array([[0, 1, 2, 7, 4000], [5, 4, 3, 2, 1]])
@@ -16,6 +16,15 @@ def turned(x_BTNH, frequencies, interleaved):
         z = (x_BTNH[..., i] + 1j * x_BTNH[..., j]) * np.exp(1j * POSITIONS * frequency)[:, :, None]
         out[..., i], out[..., j] = z.real, z.imag
     return out
+
+
+def test_weights_in_halves_rotate_like_interleaved_ones(x64):
+    """The same numbers in another order, so that products of queries and keys stay."""
+    x, w = np.random.default_rng(0).normal(size=(2, 5, 8)), np.random.default_rng(1).normal(size=(8, 3, 10))
+    frequencies = retnet_frequencies(10, 10_000.0)
+    got = rotate(np.einsum("btd,dnh->btnh", x, halves(w)), POSITIONS, frequencies)
+    want = rotate(np.einsum("btd,dnh->btnh", x, w), POSITIONS, frequencies, interleaved=True)
+    assert_close("rotated", got, halves(np.asarray(want)), rel=1e-13)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -32,6 +32,15 @@ def test_a_chain_of_matmuls_takes_the_compilers_estimate_and_at_least_the_roofli
     assert sum(o.total for o in found) == sum(o.seconds for o in found)
 
 
+def test_a_ragged_exchange_sends_what_its_buffers_hold(mesh):
+    """Its arrays have room for more rows than even loads need; an ordinary all-to-all sends everything."""
+    body = "%a = bf16[1024,1024]{1,0} KIND(%x, %w), replica_groups=[16,4]<=[64]"
+    for kind, share in (("ragged-all-to-all", 0.25), ("all-to-all", 1.0)):
+        full, quarter = (run(body.replace("KIND", kind), mesh, filled=filled)[0] for filled in (1.0, 0.25))
+        assert quarter.collective == kind and quarter.bytes == pytest.approx(share * full.bytes)
+        assert (quarter.exposed < 0.5 * full.exposed) == (share < 1)
+
+
 def test_nested_loops_multiply(mesh):
     condition = computation("cond", "%n = s32[] constant(3)\n%q = s32[] parameter(0)\nROOT %r = pred[] compare(%q, %n), direction=LT")
     inner = computation("inner", f"{ARGUMENTS}{matmul('deep', 'x', 'w', 10)}")

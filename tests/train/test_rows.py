@@ -50,3 +50,12 @@ def test_the_rows_that_were_read_land_where_they_belong(run):
     batch = {k: np.arange(8 * 64).reshape(8, 64) for k in setups.DEVICE_KEYS}
     for k, a in run.put(batch).items():
         assert np.array_equal(np.asarray(a), batch[k].astype(a.dtype)), k
+
+
+def test_how_full_the_buffers_of_an_exchange_are():
+    """Room for twice the mean is half full with even loads; where no token travels there is nothing to fill."""
+    config = load("moe_1b", "small")
+    config.mesh.expert, config.parallel.recv_bound = 2, 2.0
+    bounded = setups.Setup(config, lambda *_: None, jax.devices()[:8])
+    assert bounded.filled() == 0.5 and any("even loads" in line for line in bounded.spread())
+    assert setups.Setup(load("moe_1b", "small"), lambda *_: None, jax.devices()[:8]).filled() == 1.0
