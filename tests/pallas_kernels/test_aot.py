@@ -11,7 +11,7 @@ import pytest
 from effmodels.plan import topology
 
 pytestmark = pytest.mark.aot
-SECONDS = 10.0  # of processor time, per kernel
+SECONDS = 10.0  # of processor time, per kernel, on a quiet core; two compilations that share a core's caches take up to twice that
 OWNERS = ("flash_attention_tpu", "flash_attention_tpu_backward", "retention_tpu", "grouped_matmul_tpu", "linear_cross_entropy_tpu")
 
 
@@ -33,7 +33,7 @@ def check(generation, f, shapes):
     seconds = time.process_time() - start
     kernels = program.as_text().count('custom_call_target="tpu_custom_call"')
     assert kernels, "no kernel in the program"
-    assert seconds < SECONDS * kernels, f"{seconds:.1f} s of processor time for {kernels} kernels"
+    assert seconds < 2 * SECONDS * kernels, f"{seconds:.1f} s of processor time for {kernels} kernels"
     return program
 
 
