@@ -41,7 +41,7 @@ def main(argv):
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here but the compiler
     common.set_up_jax()
     from effmodels.plan import topology
-    from effmodels.plan.dump import CompilerError
+    from effmodels.plan.schedule.dump import CompilerError
 
     topology.quiet_environment()
     try:
@@ -51,7 +51,8 @@ def main(argv):
 
 
 def _plan():
-    from effmodels.plan import answer, budgets, failures, page, picture, records, topology
+    from effmodels.plan import budgets, failures, records, topology
+    from effmodels.plan.report import answer, page, picture
 
     _check_flags()
     place = topology.parse(_TOPOLOGY.value, _SLICES.value)
@@ -94,7 +95,8 @@ def _check_flags():
 
 
 def _one(config, name, place):
-    from effmodels.plan import closed_form, program
+    from effmodels.plan.compiling import program
+    from effmodels.plan.formulas import closed_form
 
     if _FAST.value or _SEARCH.value:
         return closed_form.plan(program.as_mapping(config, _mesh()), place, what=_WHAT.value, name=name)
@@ -132,7 +134,8 @@ def _other(place):
 
 def _search(place):
     """Prints what fits, fastest first, with the overrides to paste."""
-    from effmodels.plan import program, search
+    from effmodels.plan.compiling import program
+    from effmodels.plan.formulas import search
 
     def compiled(config):
         return program.plan(config, place, log=common.say)

@@ -78,7 +78,8 @@ def _row(name, entry, folder):
     file, aim = folder / f"{name}.json", f"{entry['reach']:.0%}"
     if not file.exists():
         return f"| {name} | {entry['topology']} | | not planned yet | | | {aim} | |\n"
-    from effmodels.plan import binds, records, rows
+    from effmodels.plan import records
+    from effmodels.plan.report import binds, rows
 
     plan = records.from_json(json.loads(file.read_text()))
     mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items() if n > 1)

@@ -1,10 +1,10 @@
-"""Times by the schedule that the TPU compiler makes, each contestant compiled in a process of its own (`effmodels.plan.schedule`)."""
+"""Times by the schedule that the TPU compiler makes, each contestant compiled in its own process (`effmodels.plan.schedule.instrument`)."""
 import dataclasses
 
 import jax
 import numpy as np
 
-from effmodels.plan import schedule
+from effmodels.plan.schedule import instrument
 from experiments.kernels import cases, contestants
 
 
@@ -14,7 +14,7 @@ def measure(case, contestant, generation):
     Milliseconds on v4 only: elsewhere the cycles were not compared with any timing.
     """
     arguments = {"contestant": contestant, "case": dataclasses.asdict(case)}
-    report = schedule.measure("experiments.kernels.static:program", arguments, generation=generation)
+    report = instrument.measure("experiments.kernels.static:program", arguments, generation=generation)
     result = {"cycles": round(report.cycles), "temporary_bytes": report.temp_bytes}
     if report.calibrated:
         result["milliseconds"] = report.microseconds / 1e3

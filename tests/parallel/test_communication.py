@@ -10,7 +10,7 @@ from effmodels.models import Decoder
 from effmodels.models import state as model_state
 from effmodels.parallel import axes
 from effmodels.plan import topology
-from effmodels.plan.collectives import collectives, sent_by_axes
+from effmodels.plan.compiled.collectives import collectives, sent_by_axes
 
 pytestmark = pytest.mark.aot
 B, T, D, L = 8, 512, 2048, 4  # wide enough that XLA does not join the reductions of small matrices

@@ -20,7 +20,7 @@ from effmodels.models import state as model_state
 from effmodels.parallel import axes, exchange, expert, layouts, mesh
 from effmodels.parallel.options import Options
 from effmodels.plan import hlo, topology
-from effmodels.plan.collectives import collectives
+from effmodels.plan.compiled.collectives import collectives
 from pallas_kernels.target import Target
 from tests.contract.cases import D_MODEL, draw, fill, jit, loss_and_grads, make_channel, packed_batch
 from tests.numerics import assert_trees_close

@@ -1,4 +1,4 @@
-"""Programs that the tests of the plan measure, as `schedule.measure` takes them: functions that return (f, arguments)."""
+"""Programs that the tests of the plan measure, as `instrument.measure` takes them: functions that return (f, arguments)."""
 import jax
 import jax.numpy as jnp
 import numpy as np

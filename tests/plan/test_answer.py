@@ -6,7 +6,8 @@ import ml_collections
 import pytest
 
 from configs import common
-from effmodels.plan import advice, answer, binds, budgets, failures
+from effmodels.plan import budgets, failures
+from effmodels.plan.report import advice, answer, binds
 from tests.plan import plans
 
 LONG = "configs/a_config_whose_name_is_much_longer_than_that_of_any_that_is_shipped_here.py:with_an_argument_too"

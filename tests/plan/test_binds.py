@@ -3,8 +3,8 @@ import dataclasses
 
 import pytest
 
-from effmodels.plan import binds
 from effmodels.plan.records import Operation
+from effmodels.plan.report import binds
 from tests.plan import plans
 
 PEAK, BANDWIDTH = 275e12, 1.228e12

@@ -3,8 +3,8 @@ import dataclasses
 
 import pytest
 
-from effmodels.plan import bundles, cores, simulate, usage
-from effmodels.plan.bundles import NotUnderstood
+from effmodels.plan.schedule import bundles, cores, simulate, usage
+from effmodels.plan.schedule.bundles import NotUnderstood
 
 HEAD = "= control target key start\nLB: loop body\n= control target key end\n\n"
 CORE = cores.Core(

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from effmodels.plan import cache
+from effmodels.plan.compiling import cache
 from tests.plan import plans
 
 
@@ -45,18 +45,19 @@ def test_the_key_holds_what_the_environment_tells_the_compiler(monkeypatch, name
 
 
 def test_the_digest_sees_what_changes_a_step_and_not_the_report(tmp_path, monkeypatch):
-    for name in ("effmodels/plan/step.py", "effmodels/plan/answer.py", "effmodels/models/decoder.py", "pallas_kernels/k.py"):
+    read = ("effmodels/plan/compiling/step.py", "effmodels/models/decoder.py", "pallas_kernels/k.py")
+    for name in (*read, "effmodels/plan/report/answer.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
     monkeypatch.setattr(cache, "_ROOT", tmp_path)
     digest = cache.sources.__wrapped__
     found = [digest()]
-    for name in ("effmodels/plan/step.py", "effmodels/models/decoder.py", "pallas_kernels/k.py"):
+    for name in read:
         (tmp_path / name).write_text("2")
         found.append(digest())
     assert len(set(found)) == 4
-    (tmp_path / "effmodels/plan/answer.py").write_text("2")
+    (tmp_path / "effmodels/plan/report/answer.py").write_text("2")
     assert digest() == found[-1]
 
 

@@ -5,14 +5,14 @@ launch included: forward, and forward with backward, by number of heads. Static 
 """
 import pytest
 
-from effmodels.plan import schedule
+from effmodels.plan.schedule import instrument
 
 FORWARD = {40: 1.6, 56: 2.2, 72: 2.8, 88: 3.5, 110: 3.5, 140: 4.7}
 BACKWARD = {40: 7.1, 72: 13.0, 110: 18.2}
 
 
 def milliseconds(heads, backward):
-    report = schedule.measure("tests.plan.cases:published_attention", {"heads": heads, "backward": backward})
+    report = instrument.measure("tests.plan.cases:published_attention", {"heads": heads, "backward": backward})
     assert all(op.undecided == {} for op in report.ops)
     return report.microseconds / 1e3
 

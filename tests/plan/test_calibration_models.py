@@ -7,7 +7,9 @@ seconds a step. The program here is this project's decoder of those shapes, not 
 import pytest
 
 from configs import common
-from effmodels.plan import program, timeline, topology
+from effmodels.plan import topology
+from effmodels.plan.compiled import timeline
+from effmodels.plan.compiling import program
 
 CASES = {
     # layers, d_model, ffn, heads, sequences per chip, topology, published seconds

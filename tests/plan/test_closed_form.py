@@ -8,10 +8,12 @@ from effmodels.config import ConfigError
 from effmodels.mixers import registry
 from effmodels.mixers.retention import Retention
 from effmodels.parallel import axes, layouts, pipeline
-from effmodels.plan import abstract, chips, closed_form, executed, records, step, topology, volumes
-from effmodels.plan.collectives import Collective, collectives
+from effmodels.plan import chips, records, topology
+from effmodels.plan.compiled.collectives import Collective, collectives
+from effmodels.plan.compiled.wire import Wires
+from effmodels.plan.compiling import step
+from effmodels.plan.formulas import abstract, closed_form, executed, volumes
 from effmodels.plan.topology import Topology
-from effmodels.plan.wire import Wires
 from effmodels.train import budget
 from effmodels.train.setup import Setup
 from tests.plan.programs import torus

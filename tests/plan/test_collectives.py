@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from effmodels.plan.collectives import collectives, sent_by_axes
+from effmodels.plan.compiled.collectives import collectives, sent_by_axes
 
 R, S = 3, 4 * 16 * 64  # repetitions; bytes of the array that one device holds
 

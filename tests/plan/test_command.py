@@ -48,7 +48,8 @@ def test_mistakes_are_told_before_anything_is_planned(flags, message):
 # A compiler that gives only memory at level O0, and otherwise breaks.
 NO_COMPILER = """
 import runpy, sys
-from effmodels.plan import dump, program
+from effmodels.plan.compiling import program
+from effmodels.plan.schedule import dump
 from tests.plan import plans
 
 def plan(config, place, *, level=None, **more):
@@ -77,4 +78,5 @@ def test_a_search_answers_in_closed_form_first_and_goes_on_when_the_compiler_bre
     assert done.returncode == 0 and "closed form, nothing compiled" in done.stdout, done
     assert "those that fit, fastest first:\n  none\n" in done.stdout and "smallest slice on which it fits: v4:1x1x1" in done.stdout
     dropped, left = (done.stdout.count(text) for text in ("dropped, it does not compile: it broke", " (closed form): --config."))
-    assert dropped + left == 10 and (not left or "by formula only, not confirmed by the compiler:\n" in done.stdout)
+    # As many as six seconds allow, ten at most.
+    assert 0 < dropped + left <= 10 and (not left or "by formula only, not confirmed by the compiler:\n" in done.stdout)

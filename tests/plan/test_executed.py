@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from effmodels.plan import executed
+from effmodels.plan.formulas import executed
 
 M, K, N = 6, 10, 14
 A, B = jnp.ones((M, K)), jnp.ones((K, N))

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from effmodels.plan import heap, memory
+from effmodels.plan.compiled import heap, memory
 
 MB = 2**20
 FORWARD, BACKWARD = "jit(f)/jvp(g)/", "jit(f)/transpose(jvp(g))/"

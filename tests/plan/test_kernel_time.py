@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from effmodels.plan import chips, hlo, kernel_time, schedule, topology
+from effmodels.plan import chips, hlo, topology
+from effmodels.plan.compiled import kernel_time
+from effmodels.plan.schedule import instrument
 
 ROWS = pathlib.Path(__file__).parents[2] / "docs/benchmarks/v4_schedule.json"
 FLOPS_PER_CYCLE = 275e12 / 1050e6
@@ -72,7 +74,7 @@ def call(kernel, flops, moved=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("B, T, N, K, H", [(1, 4096, 16, 16, 128), (2, 2048, 16, 4, 64)])
 def test_attention_with_segment_ids(B, T, N, K, H):
-    report = schedule.measure("tests.plan.test_kernel_time:attention", {"B": B, "T": T, "N": N, "K": K, "H": H})
+    report = instrument.measure("tests.plan.test_kernel_time:attention", {"B": B, "T": T, "N": N, "K": K, "H": H})
     pairs = B * N * T * (T + 1) // 2
     queries = {"forward": f"bf16[{B * N},{T},{H}]", "backward": f"bf16[{B},{T},{N * 128}]"}
     for kernel in report.kernels:

@@ -6,7 +6,8 @@ import pytest
 from configs import quickstart
 from effmodels.config import ModelConfig
 from effmodels.models.resolve import resolve
-from effmodels.plan import chips, liveness
+from effmodels.plan import chips
+from effmodels.plan.formulas import liveness
 
 CPU = chips.measured("cpu", 1e11, 1e10)
 N = 16

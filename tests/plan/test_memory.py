@@ -1,8 +1,9 @@
 """Memory by category, the largest buffers, and the compiler's words when a program does not fit."""
 import pytest
 
-from effmodels.plan import heap, memory, program
-from effmodels.plan.heap import Buffer
+from effmodels.plan.compiled import heap, memory
+from effmodels.plan.compiled.heap import Buffer
+from effmodels.plan.compiling import program
 
 GIB = 2**30
 COMPILED = {

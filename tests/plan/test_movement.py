@@ -1,8 +1,9 @@
 """What moves bytes only: the compiler's estimate at its share, and what it says nothing about by bytes and elements."""
 import pytest
 
-from effmodels.plan import chips, hlo, movement
-from effmodels.plan.traffic import Traffic
+from effmodels.plan import chips, hlo
+from effmodels.plan.compiled import movement
+from effmodels.plan.compiled.traffic import Traffic
 from tests.plan.programs import BANDWIDTH, computation, cycles, module
 
 CYCLE = 1 / 1050e6

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from effmodels.plan import hlo
-from effmodels.plan.origin import Origins
+from effmodels.plan.compiled.origin import Origins
 from tests.plan.programs import module
 
 # Frames: 1 train step; 2 block in 1; 3 attention in 2; 4 norm in 3; 5 the optimizer in 1; 6 norm in 2; 7 sums of micro-batches in 1;

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from effmodels.plan import page, picture, spans
 from effmodels.plan.records import KINDS, MEMORY_PARTS, PHASES
+from effmodels.plan.report import page, picture, spans
 from tests.plan import plans
 
 VOID = {"meta"}

@@ -12,7 +12,9 @@ import pytest
 from configs import moe_1b, quickstart
 from effmodels.config import ConfigError, ModelConfig
 from effmodels.models import cost
-from effmodels.plan import chips, dump, program, records, topology
+from effmodels.plan import chips, records, topology
+from effmodels.plan.compiling import program
+from effmodels.plan.schedule import dump
 from effmodels.train.run_config import jsonable
 from effmodels.train.setup import Setup
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from effmodels.plan import answer, records, rows, units
+from effmodels.plan import records, units
+from effmodels.plan.report import answer, rows
 from tests.plan import plans
 
 

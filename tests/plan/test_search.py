@@ -6,8 +6,9 @@ import pytest
 
 from configs import quickstart
 from effmodels.config import REMAT
-from effmodels.plan import chips, closed_form, policies, search, topology
-from effmodels.plan.dump import CompilerError
+from effmodels.plan import chips, topology
+from effmodels.plan.formulas import closed_form, policies, search
+from effmodels.plan.schedule.dump import CompilerError
 from effmodels.plan.topology import Topology
 from effmodels.train.run_config import RunConfig
 

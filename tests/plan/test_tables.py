@@ -5,7 +5,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from effmodels.plan import tables
+from effmodels.plan.schedule import tables
 
 
 def call(table, x, name="kernel"):

@@ -1,7 +1,7 @@
 """Programs written by hand: seconds, trips of loops, and which part of a collective the chip waits for."""
 import pytest
 
-from effmodels.plan import timeline
+from effmodels.plan.compiled import timeline
 from tests.plan.programs import BANDWIDTH, ICI, PEAK, computation, cycles, matmul, module, torus
 
 HOP = 1e-6

@@ -2,7 +2,7 @@
 import pytest
 
 from effmodels.plan import hlo
-from effmodels.plan.traffic import Traffic
+from effmodels.plan.compiled.traffic import Traffic
 from tests.plan.programs import computation, module
 
 

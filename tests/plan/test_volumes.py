@@ -4,7 +4,8 @@ import math
 import pytest
 
 from configs import common
-from effmodels.plan import abstract, chips, volumes
+from effmodels.plan import chips
+from effmodels.plan.formulas import abstract, volumes
 from effmodels.plan.topology import Topology
 
 CPU = chips.measured("cpu", 1e11, 1e10)

@@ -4,8 +4,8 @@ import itertools
 import pytest
 
 from effmodels.plan import chips
-from effmodels.plan.collectives import Collective
-from effmodels.plan.wire import DCN_SECONDS, HOP_SECONDS, Wires
+from effmodels.plan.compiled.collectives import Collective
+from effmodels.plan.compiled.wire import DCN_SECONDS, HOP_SECONDS, Wires
 from tests.plan.programs import ICI, torus
 
 V4, SIZE = chips.get("v4"), 360_000_000

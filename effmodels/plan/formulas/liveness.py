@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from effmodels.layers.context import Ctx
 from effmodels.models.blocks import Block
 from effmodels.parallel import axes, ops, options, stack
-from effmodels.plan import executed
+from effmodels.plan.formulas import executed
 
 # Primitives that a compiler fuses with their neighbours. Everything else reads and writes arrays.
 FUSED = frozenset(

@@ -17,10 +17,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from effmodels.plan import flow, scalar
-from effmodels.plan.bundles import CHIP, CORE, NotUnderstood, Op, Program
-from effmodels.plan.cores import Core
-from effmodels.plan.scalar import MASK
+from effmodels.plan.schedule import flow, scalar
+from effmodels.plan.schedule.bundles import CHIP, CORE, NotUnderstood, Op, Program
+from effmodels.plan.schedule.cores import Core
+from effmodels.plan.schedule.scalar import MASK
 
 _LIMIT = 30_000_000  # bundles with scalar work; a run that needs more has most likely misread a loop
 _SPAN = 1 << 18  # words between two allocations: all of SMEM is not larger

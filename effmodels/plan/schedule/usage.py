@@ -1,7 +1,7 @@
 """How much of each unit's issue slots the bundles that ran have used."""
 from collections.abc import Sequence
 
-from effmodels.plan.bundles import Slots
+from effmodels.plan.schedule.bundles import Slots
 
 
 def slot_shares(slots: Slots, executed: Sequence[int], first: int = 0, last: int | None = None) -> dict[str, float]:

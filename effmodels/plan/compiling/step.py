@@ -1,4 +1,4 @@
-"""Compiles the step of a config for a topology, in a process of its own: `python -m effmodels.plan.step request.json result.json`.
+"""Compiles the step of a config for a topology, in its own process: `python -m effmodels.plan.compiling.step request.json result.json`.
 
 The very programs that training compiles (`train.setup.Setup.trace`), or the model's own prefill and step under the decoding rules; the
 state is abstract, nothing is allocated. Lines "phase: name" on stdout tell how far it is.
@@ -19,7 +19,8 @@ from effmodels.config import ConfigError
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, layouts
-from effmodels.plan import decoding, executed, topology
+from effmodels.plan import topology
+from effmodels.plan.formulas import decoding, executed
 from effmodels.train import budget
 from effmodels.train.setup import Setup
 

@@ -1,6 +1,7 @@
 """Two plans next to each other: memory, time, what changed most."""
-from effmodels.plan import binds, rows, spans, units
+from effmodels.plan import units
 from effmodels.plan.records import MEMORY_PARTS
+from effmodels.plan.report import binds, rows, spans
 
 _SHOWN = 0.005  # share of the larger step: a line needs this much time
 

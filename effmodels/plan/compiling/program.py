@@ -22,8 +22,12 @@ import numpy as np
 from effmodels.config import ConfigError, nearest
 from effmodels.parallel import mesh as meshes
 from effmodels.parallel import pipeline
-from effmodels.plan import budgets, cache, chips, closed_form, dump, memory, timeline, topology
+from effmodels.plan import budgets, chips, topology
+from effmodels.plan.compiled import memory, timeline
+from effmodels.plan.compiling import cache
+from effmodels.plan.formulas import closed_form
 from effmodels.plan.records import Plan
+from effmodels.plan.schedule import dump
 from effmodels.train.run_config import RunConfig, jsonable
 
 WHAT = ("train", "prefill", "decode")
@@ -200,7 +204,7 @@ def _run_child(request, folder, place, level, log):
     """Runs `step` and leaves result.json and the HLO texts in the folder."""
     request_file, result_file, errors = folder / "request.json", folder / "result.json", folder / "stderr.txt"
     request_file.write_text(json.dumps(request))
-    command = [sys.executable, "-m", "effmodels.plan.step", str(request_file), str(result_file)]
+    command = [sys.executable, "-m", "effmodels.plan.compiling.step", str(request_file), str(result_file)]
     with errors.open("w") as stderr:
         child = subprocess.Popen(command, env=_environment(place, level, folder), stdout=subprocess.PIPE, stderr=stderr, text=True)
         try:

@@ -9,7 +9,7 @@ parameters in the compute dtype, padding, fragmentation) counts as temporaries.
 import collections
 import re
 
-from effmodels.plan import heap
+from effmodels.plan.compiled import heap
 from effmodels.plan.records import Memory
 
 LARGEST = 5

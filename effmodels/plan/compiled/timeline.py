@@ -11,11 +11,13 @@ which also prices what XLA says nothing about ("closed form"). `wire` prices col
 import dataclasses
 import re
 
-from effmodels.plan import chips, collectives, hlo, kernel_time, movement, schedule, traffic
-from effmodels.plan.cores import CORES
-from effmodels.plan.origin import Origins
+from effmodels.plan import chips, hlo
+from effmodels.plan.compiled import collectives, kernel_time, movement, traffic
+from effmodels.plan.compiled.origin import Origins
+from effmodels.plan.compiled.wire import Wires
 from effmodels.plan.records import Operation
-from effmodels.plan.wire import Wires
+from effmodels.plan.schedule import instrument
+from effmodels.plan.schedule.cores import CORES
 
 # Names for values, and what the sequencer does not wait for.
 _FREE = {
@@ -39,7 +41,7 @@ def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, w
     ragged exchange sends, and a grouped product multiplies, only those.
     """
     chip = chips.get(chip_name)
-    costs = schedule.profile(hlo_text, dumped, chip_name, strict=False) if dumped is not None else []
+    costs = instrument.profile(hlo_text, dumped, chip_name, strict=False) if dumped is not None else []
     module, known = hlo.parse(hlo_text), {c.name: c for c in costs}
     player = _Player(module, mesh, chip, Wires(mesh, chip, wrap), Origins(hlo_text, module), known, kernel_seconds or {}, filled)
     return player.play(module.entry, 1)[0]

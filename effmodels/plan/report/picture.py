@@ -1,6 +1,7 @@
 """A plan as one PNG: the timeline of a step above the memory by category."""
-from effmodels.plan import spans, units
+from effmodels.plan import units
 from effmodels.plan.records import MEMORY_PARTS
+from effmodels.plan.report import spans
 
 
 def save(plan, path):

@@ -1,8 +1,9 @@
 """A plan as one HTML file that needs nothing else: the answer, a timeline of the step and the memory as SVG, the tables."""
 import html
 
-from effmodels.plan import answer, rows, spans, units
+from effmodels.plan import units
 from effmodels.plan.records import MEMORY_PARTS
+from effmodels.plan.report import answer, rows, spans
 
 _WIDTH, _LEFT, _RIGHT = 960, 150, 20  # of a picture, of its row labels, of the margin behind its plot, in pixels
 _PLOT = _WIDTH - _LEFT - _RIGHT

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.parallel import axes
-from effmodels.plan import decoding
+from effmodels.plan.formulas import decoding
 from effmodels.plan.records import Memory, Operation
 from effmodels.train import placement
 

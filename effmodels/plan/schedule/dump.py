@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 from effmodels.plan import topology
-from effmodels.plan.bundles import NotUnderstood
+from effmodels.plan.schedule.bundles import NotUnderstood
 
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_pass_label_regex=(^final_.*|dedup.*)"
 _TIMES = "--xla_jf_dump_static_llo_profile_to={}"

@@ -1,7 +1,7 @@
 """What is known of a program's scalar operations before it runs: their order in a bundle, which share a register, where there are any."""
 import re
 
-from effmodels.plan.bundles import NotUnderstood
+from effmodels.plan.schedule.bundles import NotUnderstood
 
 
 def _names(op):

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from effmodels.config import ConfigError
 from effmodels.models.blocks import segments
 from effmodels.parallel import axes
-from effmodels.plan import abstract, closed_form, topology, units
-from effmodels.plan.dump import CompilerError
-from effmodels.plan.policies import policies
+from effmodels.plan import topology, units
+from effmodels.plan.formulas import abstract, closed_form
+from effmodels.plan.formulas.policies import policies
+from effmodels.plan.schedule.dump import CompilerError
 from effmodels.train.run_config import RunConfig
 
 MARGIN = 0.95  # of a chip's memory that a plan by formula may fill

@@ -3,7 +3,7 @@ import math
 from time import monotonic
 
 from effmodels.config import REMAT, SAVE, SAVEABLE
-from effmodels.plan import liveness
+from effmodels.plan.formulas import liveness
 
 USUAL = (("kernel",), ("kernel", "heads", "kv_heads", "embed"))  # what kernels return; all but the products inside MLPs
 

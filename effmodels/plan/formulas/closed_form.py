@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.parallel import layouts, pipeline
-from effmodels.plan import abstract, budgets, closed_serving, liveness, volumes
-from effmodels.plan.footprint import Footprint
+from effmodels.plan import budgets
+from effmodels.plan.formulas import abstract, closed_serving, liveness, volumes
+from effmodels.plan.formulas.footprint import Footprint
 from effmodels.plan.records import Operation, Plan
 
 BASIS = "closed form"

@@ -18,9 +18,9 @@ import uuid
 
 from effmodels.plan import records
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 # Of the planner itself only these decide what is compiled; the rest reads it, and is free to change.
-_OF_PLAN = ("step.py", "topology.py", "executed.py", "decoding.py")
+_OF_PLAN = ("topology.py", "compiling/step.py", "formulas/executed.py", "formulas/decoding.py")
 _FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 # jax's settings that the child sets itself, or that compile nothing differently.
 _OTHERS = re.compile("JAX_(PLATFORMS|OPTIMIZATION_LEVEL|NUM_CPU_DEVICES|COMPILATION_CACHE|PERSISTENT_CACHE|LOG|DEBUG_LOG|TRACEBACK)")
@@ -53,7 +53,7 @@ def sources() -> str:
     digest, plan = hashlib.sha256(), _ROOT / "effmodels" / "plan"
     for package in ("effmodels", "pallas_kernels"):
         for path in sorted((_ROOT / package).rglob("*.py")):
-            if path.parent != plan or path.name in _OF_PLAN:
+            if plan not in path.parents or path.relative_to(plan).as_posix() in _OF_PLAN:
                 digest.update(f"{path.relative_to(_ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

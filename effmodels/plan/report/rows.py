@@ -2,8 +2,9 @@
 import dataclasses
 from collections import defaultdict
 
-from effmodels.plan import binds, units
+from effmodels.plan import units
 from effmodels.plan.records import PHASES
+from effmodels.plan.report import binds
 
 _LONGEST = 48  # characters of a cell in text
 

@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 
 from effmodels.models.blocks import segments
-from effmodels.plan import liveness, volumes
+from effmodels.plan.formulas import liveness, volumes
 from effmodels.plan.records import Memory
 
 # Bytes beside HBM that the compiler fills with temporaries first: CMEM of TPU v4.

@@ -8,8 +8,9 @@ import dataclasses
 import math
 import re
 
-from effmodels.plan import hlo, traffic
-from effmodels.plan.origin import Origins
+from effmodels.plan import hlo
+from effmodels.plan.compiled import traffic
+from effmodels.plan.compiled.origin import Origins
 
 _RENAMES = ("bitcast", "opt-barrier", "optimization-barrier", "add-dependency", "domain", "get-tuple-element")
 _NOTHING = ("constant", "after-all", "partition-id", "replica-id")

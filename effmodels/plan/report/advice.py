@@ -1,5 +1,6 @@
 """One change to try, from what a plan loses most to."""
-from effmodels.plan import binds, units
+from effmodels.plan import units
+from effmodels.plan.report import binds
 
 _MEMORY = {
     "parameters": "more chips on one axis that splits parameters: --config.mesh.fsdp or --config.mesh.tensor",

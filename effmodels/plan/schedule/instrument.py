@@ -1,6 +1,6 @@
 """How long a program takes on one TPU chip, and what its units do meanwhile, from the compiler's schedule alone.
 
-    report = schedule.measure("some.module:function", {"heads": 16}, generation="v4")
+    report = instrument.measure("some.module:function", {"heads": 16}, generation="v4")
     print(report.table())
 
 The function returns (f, arguments): what to compile, and its arguments as arrays or ShapeDtypeStructs. Give the arguments that decide which
@@ -18,10 +18,11 @@ import sys
 
 import numpy as np
 
-from effmodels.plan import bundles, dump, hlo, simulate, topology, usage
-from effmodels.plan.bundles import NotUnderstood
-from effmodels.plan.cores import CORES
-from effmodels.plan.report import Hot, Loop, OpCost, Report
+from effmodels.plan import hlo, topology
+from effmodels.plan.schedule import bundles, dump, simulate, usage
+from effmodels.plan.schedule.bundles import NotUnderstood
+from effmodels.plan.schedule.cores import CORES
+from effmodels.plan.schedule.use import Hot, Loop, OpCost, Report
 
 
 class UnknownScalars(ValueError):
@@ -40,7 +41,7 @@ def measure(
     if libtpu_times and generation == "v4":
         raise ValueError("libtpu has no simulator of its own for v4; leave libtpu_times out.")
     request = {"target": target, "arguments": arguments or {}, "generation": generation, "tables": tables or {}, "strict": strict}
-    answer = dump.in_child("effmodels.plan.schedule", request, libtpu_times=libtpu_times)
+    answer = dump.in_child("effmodels.plan.schedule.instrument", request, libtpu_times=libtpu_times)
     if "error" in answer:
         kinds = {"NotUnderstood": NotUnderstood, "UnknownScalars": UnknownScalars}
         raise kinds.get(answer["error"], dump.CompilerError)(answer["message"])
@@ -322,7 +323,7 @@ def _child(request):
     topology.quiet_environment()
     import jax
 
-    from effmodels.plan import tables
+    from effmodels.plan.schedule import tables
 
     module, _, function = request["target"].partition(":")
     f, shapes = getattr(importlib.import_module(module), function)(**request["arguments"])

@@ -3,9 +3,10 @@ import collections
 import re
 import textwrap
 
-from effmodels.plan import advice, binds, budgets, rows, spans, units
-from effmodels.plan.comparison import compare as compare
+from effmodels.plan import budgets, units
 from effmodels.plan.records import MEMORY_PARTS
+from effmodels.plan.report import advice, binds, rows, spans
+from effmodels.plan.report.comparison import compare as compare
 
 WIDTH, HEIGHT = 100, 24
 _INDENT = 12
