@@ -159,6 +159,18 @@ def _status(plan):
     return 0
 
 
+def with_underscores(arguments):
+    """Flags of this command as absl names them: --require-fit is --require_fit, --no-tables is --notables; the rest as it is."""
+    found = []
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        bare = name.lstrip("-").replace("-", "_")
+        known = next((n for n in (bare, bare.replace("no_", "no", 1)) if n in flags.FLAGS or n.removeprefix("no") in flags.FLAGS), None)
+        found.append(f"--{known}{sign}{value}" if name.startswith("-") and "-" in name.lstrip("-") and known else argument)
+    return found
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    sys.argv[1:] = with_underscores(sys.argv[1:])
     common.run(main, "config", "topology")

@@ -75,7 +75,7 @@ def _plan(name, entry, folder):
 
 def _row(name, entry, folder):
     """One line of the table; of a plan that was not made yet, its name and aim."""
-    file, aim = folder / f"{name}.json", f"{entry['reach']:.0%}"
+    file, aim = folder / f"{name}.json", f"{entry['reach']:.0%}" if "reach" in entry else "fits"
     if not file.exists():
         return f"| {name} | {entry['topology']} | | not planned yet | | | {aim} | |\n"
     from effmodels.plan import records

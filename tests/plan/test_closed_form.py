@@ -1,4 +1,5 @@
 """The closed form against what training holds, against traced programs, and, where libtpu is installed, against the compiler."""
+import types
 
 import jax
 import pytest
@@ -12,11 +13,11 @@ from effmodels.plan import chips, records, topology
 from effmodels.plan.compiled.collectives import Collective, collectives
 from effmodels.plan.compiled.wire import Wires
 from effmodels.plan.compiling import step
-from effmodels.plan.formulas import abstract, closed_form, executed, volumes
+from effmodels.plan.formulas import abstract, closed_form, executed, torus, volumes
 from effmodels.plan.topology import Topology
 from effmodels.train import budget
 from effmodels.train.setup import Setup
-from tests.plan.programs import torus
+from tests.plan import programs
 
 CPU = chips.measured("cpu", 1e11, 1e10)
 
@@ -132,6 +133,36 @@ def test_serving_holds_the_state_of_its_rows():
         closed_form.plan(c, cpus(6), {"data": 6})
 
 
+def test_what_the_wires_cannot_hide_is_waited_for():
+    """Without the compiler's option all gathers are; with it a mixer's first weight, and all sums of gradients."""
+    c, place = small(), topology.parse("v4:2x2x1")
+
+    def exposed(options, collective, layer):
+        c.train.compiler_options = options
+        found = [o for o in closed_form.plan(c, place, {"data": 1, "fsdp": 4}).operations if (o.collective, o.layer) == (collective, layer)]
+        assert found
+        return sum(o.total for o in found), sum(o.calls * o.seconds for o in found)
+
+    asynchronous = f"{closed_form.ASYNC}=true"
+    for layer in ("attention", "mlp"):
+        waited, all_ = exposed("", "all-gather", layer)
+        assert waited == all_ > exposed(asynchronous, "all-gather", layer)[0]
+        waited, all_ = exposed(asynchronous, "reduce-scatter", layer)
+        assert waited == all_
+    assert exposed(asynchronous, "all-gather", "mlp")[0] == 0.0
+
+
+@pytest.mark.parametrize("name, number, collective, ways", [
+    ("v4:4x4x4", 16, "all-gather", 4), ("v4:4x4x4", 16, "reduce-scatter", 2), ("v4:4x4x4", 16, "all-reduce", 2),
+    ("v4:4x4x4", 64, "all-reduce", 6), ("v4:4x4x8", 128, "all-reduce", 3), ("v4:4x4x4", 4, "all-reduce", 2),
+])  # fmt: skip
+def test_sums_drive_fewer_links_than_gathers(name, number, collective, ways):
+    """As the compiler's own text says of programs for TPU v4 (`Collective.lanes`)."""
+    place = topology.parse(name)
+    run = types.SimpleNamespace(topology=place, size=lambda names: number)
+    assert torus.bandwidth(("fsdp",), run, collective) == ways * place.chip.ici
+
+
 WHOLE = {"kv_heads": "none", "act_kv_heads": "none"}
 
 
@@ -157,16 +188,16 @@ def test_the_decoding_state_is_what_the_compiled_step_holds(rules, heads):
     ("v5e:2x4", 8, 2), ("v5e:16x16", 16, 2), ("v6e:16x16", 256, 4), ("7x:2x2x1", 2, 6), ("7x:2x2x1", 8, 2),
 ])  # fmt: skip
 def test_links_of_an_axis(name, number, expected):
-    assert closed_form.links(number, topology.parse(name)) == expected
+    assert torus.links(number, topology.parse(name)) == expected
 
 
 @pytest.mark.parametrize("dims, group", [((2, 2), 4), ((4, 4, 4), 4), ((4, 4, 4), 16), ((8, 8, 8), 4)], ids=str)
 def test_links_are_those_of_the_wires(dims, group):
     place = topology.parse("v4:" + "x".join(map(str, (*dims, 1)[:3])))
-    wires = Wires(torus(*dims, n=place.chips), place.chip, wrap=place.wrap)
+    wires = Wires(programs.torus(*dims, n=place.chips), place.chip, wrap=place.wrap)
     one = Collective("all-gather", "c", (), group, 10**12, 1, None, (tuple(range(group)),), 0)
     sent = 10**12 * (group - 1) / group
-    assert sent / wires.time(one).seconds == pytest.approx(closed_form.links(group, place) * place.chip.ici, rel=1e-3)
+    assert sent / wires.time(one).seconds == pytest.approx(torus.links(group, place) * place.chip.ici, rel=1e-3)
 
 
 # Against the compiler, four chips of TPU v4: (mesh, other fields).

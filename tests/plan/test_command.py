@@ -21,11 +21,13 @@ def test_a_fast_plan_with_its_files_and_a_status(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("configs/quickstart.py:test, one training step (256 tokens) on v4:2x2x1: 4 chips")
     assert "FITS" in done.stdout and "below --min_mfu=99.0%" in done.stdout
-    plan = records.from_json(json.loads((tmp_path / "p.json").read_text()))
-    assert plan.mesh["fsdp"] == plan.mesh["tensor"] == 2 and plan.fits and plan.method == "fast"
+    made = records.from_json(json.loads((tmp_path / "p.json").read_text()))
+    assert made.mesh["fsdp"] == made.mesh["tensor"] == 2 and made.fits and made.method == "fast"
     assert "v4:2x2x1" in (tmp_path / "p.html").read_text()
-    again = run("--topology=v4:2x2x1", "--fast", "--notables", "--require_fit", f"--compare={tmp_path}/p.json")
-    assert again.returncode == 0, again.stderr
+    dashes = ["--require-fit", "--min-mfu=0.4", "--no-tables"]
+    again = run("--topology=v4:2x2x1", "--fast", *dashes, f"--compare={tmp_path}/p.json")
+    assert again.returncode == 1 and "below --min_mfu=40.0%" in again.stdout and "does not fit" not in again.stdout, again
+    assert "Time and bytes by layer kind" not in again.stdout
     assert len(again.stdout.splitlines()) < 60
 
 

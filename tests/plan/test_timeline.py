@@ -78,6 +78,27 @@ def test_a_blocking_all_gather_is_exposed_whole_and_takes_both_directions_of_its
     assert found.bytes == 3 / 4 * SENT and found.exposed == found.seconds == pytest.approx(3 / 4 * SENT / (2 * ICI) + 2 * HOP)
 
 
+@pytest.mark.parametrize("between, exposed", [(500, 0.0), (8, 3 / 4 * SENT / (2 * ICI) + 2 * HOP - 8e-6)])
+def test_a_gather_fused_with_other_work_is_one_gather_beside_that_work(between, exposed, mesh):
+    """As XLA writes it for a v5e: a fusion starts it, another holds it and a matmul, a third ends it; each of them repeats the gather."""
+    gather = ('%g = bf16[1024,1024]{1,0} all-gather(%y), channel_id=4, replica_groups=[16,4]<=[64], dimensions={0}, '
+              'frontend_attributes={chain_id="0"}')  # fmt: skip
+    ends = "".join(
+        computation(f"fused_{name}", f'%y = bf16[256,1024]{{1,0}} parameter(0)\n{gather}\n'
+                    f'%c = bf16[1024,1024]{{1,0}} custom-call(%y, %g), custom_call_target="AsyncCollective{name}"')
+        for name in ("Start", "Done")
+    )  # fmt: skip
+    carrier = computation("async_collective_fusion.1", "%y = bf16[1024,1024]{1,0} parameter(0)\n%v = bf16[1024,1024]{1,0} parameter(1)\n"
+                          f"%m = bf16[1024,1024]{{1,0}} convolution(%y, %v), dim_labels=bf_io->bf\n{gather}")  # fmt: skip
+    work = f"%a = bf16[1024,1024]{{1,0}} fusion(%x, %w), kind=kOutput, calls=%async_collective_fusion.1, {cycles(between * 1050)}"
+    body = f"%s = bf16[1024,1024]{{1,0}} fusion(%x), kind=kCustom, calls=%fused_Start\n{work}\n" \
+           "%d = bf16[1024,1024]{1,0} fusion(%s), kind=kCustom, calls=%fused_Done"  # fmt: skip
+    found = by_name(run(body, mesh, ends + carrier))
+    assert list(found) == ["s", "a"] and found["s"].collective == "all-gather" and found["s"].bytes == 3 / 4 * SENT
+    assert found["s"].exposed == pytest.approx(exposed, abs=1e-12)
+    assert (found["a"].kind, found["a"].flops, found["a"].seconds) == ("matmul", 2 * 1024**3, pytest.approx(between * 1e-6))
+
+
 def test_a_reduce_scatter_is_found_in_its_fusion(mesh):
     inner = computation("all-reduce-scatter.1", "%y = bf16[1024,1024]{1,0} parameter(0)\n"
                         "%r = bf16[1024,1024]{1,0} all-reduce(%y), replica_groups=[16,4]<=[64], to_apply=%add")  # fmt: skip

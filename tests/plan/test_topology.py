@@ -121,3 +121,5 @@ def test_meshes_on_a_torus_that_they_split_unevenly():
     for group in made.devices.reshape(-1, 8)[::97]:  # a tensor group is a box of neighbours
         extents = [max(c) - min(c) + 1 for c in zip(*(d.coords for d in group))]
         assert math.prod(extents) == 8, extents
+    split = {"stage": 15, "fsdp": 2, "expert": 16, "tensor": 8}  # on which jax's own placement ends in a TypeError
+    assert mesh.make_mesh(split, topology.parse("v4:12x16x20").devices()).devices.size == 3840

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from configs import common
-from effmodels.plan import chips
+from effmodels.plan import chips, topology
 from effmodels.plan.formulas import abstract, volumes
 from effmodels.plan.topology import Topology
 
@@ -13,8 +13,8 @@ B, T, D, L, F, V, K, H = 8, 64, 32, 4, 128, 256, 2, 8  # rows of a step, tokens,
 ATTENTION, MLP = D * 4 * H * 2 + D * K * H * 2, 3 * D * F
 
 
-def total(mesh, chips_=4, **fields):
-    """{(axes, collective): bytes that one chip sends in a step}."""
+def total(mesh, chips_=4, place=None, **fields):
+    """{(axes, collective): bytes that one chip sends in a step}; place: the name of a topology, instead of CPU devices."""
     c = common.base()
     c.batch_size, c.seq_len = B, T
     model = {"pattern": ("attention",), "mixers": {"attention": {"num_heads": 4, "num_kv_heads": K}}, "channels": {"mlp": {"hidden": F}}}
@@ -24,7 +24,8 @@ def total(mesh, chips_=4, **fields):
     c.rules.update(fields.pop("rules", {}))
     c.mesh.update({"data": 1, **mesh})
     found = {}
-    for v in volumes.volumes(abstract.run(c, Topology("cpu", CPU, (chips_,), chips_, 1, (False,)))):
+    where = topology.parse(place) if place else Topology("cpu", CPU, (chips_,), chips_, 1, (False,))
+    for v in volumes.volumes(abstract.run(c, where)):
         found[v.axes, v.collective] = found.get((v.axes, v.collective), 0) + v.bytes * v.calls
     return found
 
@@ -100,3 +101,27 @@ def test_what_is_kept_by_name_is_not_summed_again():
     full, named = (total({"tensor": 2}, 2, remat=remat)[("tensor",), "all-reduce"] for remat in ("full", "save:embed"))
     assert full - named == 2 * 1 / 2 * 4 * B * T * D * L
     assert math.isclose(named, total({"tensor": 2}, 2)[("tensor",), "all-reduce"])
+
+
+def test_on_a_torus_gradients_of_all_its_dims_are_summed_whole():
+    """As programs for TPU v4 do: a group in a plane scatters, one in three dims does not; with ZeRO-1 the replicas are in the same sum."""
+    layers, fsdp = 4 * L * (ATTENTION + MLP), ("fsdp",)
+    plane, cube = total({"fsdp": 4}, place="v4:2x2x1"), total({"fsdp": 8}, place="v4:2x2x2")
+    assert plane == total({"fsdp": 4})
+    norms = 4 * D * (2 * L + 1)
+    assert (fsdp, "reduce-scatter") not in cube and cube[fsdp, "all-gather"] == 7 / 8 * (2 * layers + 4 * V * D)
+    assert cube[fsdp, "all-reduce"] == pytest.approx(2 * 7 / 8 * (layers + 2 * 4 * V * D + norms))
+    apart, joint = (total({"data": 2, "fsdp": 4}, place="v4:2x2x2", parallel={"zero1": zero1}) for zero1 in (False, True))
+    assert (fsdp, "reduce-scatter") in apart and (fsdp, "reduce-scatter") not in joint
+    assert joint[("data", "fsdp"), "all-reduce"] == pytest.approx(2 * 7 / 8 * (layers + 2 * 4 * V * D + norms))
+
+
+def test_weights_split_over_the_experts_axis_are_gathered_but_experts_are_not():
+    """Rows lie over the experts' axis too: what every token uses comes to the rows, tokens go to their experts."""
+    model = {"channel": ("moe",), "channels": {"moe": {"num_experts": 4, "top_k": 2, "hidden": F}}}
+    rules = {"embed": "fsdp,expert", "priority": "expert"}
+    found, before = total({"expert": 4}, model=dict(model), rules=rules), total({"expert": 4}, model=dict(model))
+    gathered = 2 * 4 * L * (ATTENTION + D * 4) + 4 * V * D  # attention and routers twice, the table once
+    assert found[("expert",), "all-gather"] == pytest.approx(3 / 4 * gathered)
+    assert (("expert",), "all-gather") not in before
+    assert found[("expert",), "all-to-all"] == before[("expert",), "all-to-all"]

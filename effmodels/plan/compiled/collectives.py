@@ -96,6 +96,28 @@ def inside(module, instruction, mesh, times=1) -> list[Collective]:
     return found
 
 
+def chain(module, instruction) -> tuple[str, tuple[str, ...]]:
+    """("start", "carry" or "done", names) of a fusion that is part of collectives in the background, else ("", ()).
+
+    A TPU that fuses them with other work splits a collective in three: fusions that start and end it, and between them fusions with work of
+    their own, which all hold the same collective. names: what the parts of one chain have in common.
+    """
+    called = hlo.called(instruction, "calls") if instruction.opcode == "fusion" else ""
+    body = module.computations.get(called, ())
+    names = tuple(
+        channel.group(1) + ":" + mark.group(1)
+        for i in body
+        if kind_and_phase(i.opcode)[0]
+        and (channel := re.search(r"channel_id=(\d+)", i.attributes))
+        and (mark := re.search(r'chain_id="(\d+)"', i.attributes))
+    )
+    targets = " ".join(i.attributes for i in body if i.opcode == "custom-call") if names else ""
+    for part, target in (("start", '"AsyncCollectiveStart"'), ("done", '"AsyncCollectiveDone"')):
+        if target in targets:
+            return part, names
+    return ("carry", names) if names and called.startswith("async_collective_fusion") else ("", ())
+
+
 def between_slices(instruction, mesh, times=1) -> Collective | None:
     """What a `send` hands to the network between slices, as a Collective without groups; None for any other instruction."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes) if instruction.opcode == "send" else None

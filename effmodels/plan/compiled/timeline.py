@@ -129,6 +129,7 @@ class _Player:
     def _one(self, i, calls, clock, found):
         kind, phase = collectives.kind_and_phase(i.opcode)
         inner = collectives.inside(self.module, i, self.mesh) if i.opcode in ("fusion", "async-start") else []
+        part, names = collectives.chain(self.module, i) if inner else ("", ())
         if i.opcode == "while":
             self._loop(i, calls, clock, found)
         elif i.opcode == "conditional":
@@ -142,9 +143,11 @@ class _Player:
             clock.sent[i.name] = collectives.rendezvous(i)
         elif i.opcode.endswith("-done"):
             self._done(i, calls, clock, found)
-        elif kind or inner:
-            self._collectives(i, inner or [collectives.collective(i, kind, self.mesh)], phase == "start" or i.opcode == "async-start",
-                              calls, clock, found)
+        elif part == "done":
+            self._wait(names[0], clock, found)
+        elif kind or (inner and part != "carry"):
+            starts = "start" in (phase, part) or i.opcode == "async-start"
+            self._collectives(i, inner or [collectives.collective(i, kind, self.mesh)], starts, calls, clock, found, names)
         elif i.opcode in ("copy-start", "slice-start", "async-start", "dynamic-slice-start", "dynamic-update-slice-start"):
             clock.copies[i.name] = self._copy_seconds(i)
         elif not (i.opcode in _FREE or i.opcode.endswith(("-start", "-update")) or self._is_free(i)):
@@ -201,13 +204,13 @@ class _Player:
 
     # What runs beside.
 
-    def _collectives(self, i, members, asynchronous, calls, clock, found):
+    def _collectives(self, i, members, asynchronous, calls, clock, found, names=()):
         for c in members:
             c = dataclasses.replace(c, size=c.size * self.filled) if c.kind == "ragged-all-to-all" else c
             time = self.wires.time(c)
             end = clock.occupy(time)
             if asynchronous:
-                clock.collectives[i.name] = (len(found), end)
+                clock.collectives[names[0] if names else i.name] = (len(found), end)
             exposed = 0.0 if asynchronous else clock.wait(end)
             found.append(Operation(
                 i.name, "collective", calls, time.seconds, "wire model", exposed, bytes=c.sent, axes=c.axes, collective=c.kind,
@@ -217,10 +220,15 @@ class _Player:
         start = i.operands[0] if i.operands else ""
         start = clock.sent.get(clock.sent.get(start, start), start)
         if start in clock.collectives:
-            number, end = clock.collectives.pop(start)
-            found[number] = dataclasses.replace(found[number], exposed=clock.wait(end))
+            self._wait(start, clock, found)
         elif start in clock.copies and (waited := clock.finish_copy(start)):
             found.append(Operation(start, "memory", calls, waited, "closed form", bytes=waited * self.chip.bandwidth, **self._origin(i)))
+
+    def _wait(self, start, clock, found):
+        """Until a collective under way ends; one that a loop's body starts and its next run awaits is not under way here."""
+        if start in clock.collectives:
+            number, end = clock.collectives.pop(start)
+            found[number] = dataclasses.replace(found[number], exposed=clock.wait(end))
 
     def _copy_seconds(self, i):
         """A copy in the background: to or from HBM at its bandwidth, twice that within HBM, slowly to the host's memory (space 5)."""

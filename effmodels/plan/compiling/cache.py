@@ -117,6 +117,6 @@ def _plan_file(name):
 def reader() -> str:
     """A digest of the planner's own sources."""
     digest = hashlib.sha256()
-    for path in sorted((_ROOT / "effmodels" / "plan").glob("*.py")):
+    for path in sorted((_ROOT / "effmodels" / "plan").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -122,7 +122,7 @@ def assemble(compiled, config, place, *, what="train", level=None, name="") -> P
         tokens=record["tokens"],
         steps=run.steps if training else 1,
         model_flops=record["model_flops"],
-        executed_flops=sum(p["flops"] * p["calls"] for p in programs),
+        executed_flops=sum(p["flops"] * p["calls"] for p in programs) - _of_empty_rows(operations, record["filled"], place.chips),
         memory=whole,
         operations=operations,
         bubble=_bubble(record) if training else 0.0,
@@ -161,6 +161,11 @@ def _operations(record, texts, place):
             share = place.chips if place.platform == "cpu" else 1
             found.append(dataclasses.replace(o, calls=o.calls * p["calls"], seconds=o.seconds * share, exposed=o.exposed * share))
     return tuple(found)
+
+
+def _of_empty_rows(operations, filled, chips):
+    """FLOPs that the traced program counts for rows of the experts' buffers that hold nothing; the operations leave them out."""
+    return chips * (1 / filled - 1) * sum(o.calls * o.flops for o in operations if o.kind == "kernel" and o.layer == "moe")
 
 
 def _over(message, needed):

@@ -35,13 +35,20 @@ class Run:
     config: RunConfig
     model: Model
     cost: Any  # ModelCost at seq_len
-    platform: str
-    chips: int
+    topology: Any  # topology.Topology
     sizes: dict
     rules: tuple
     options: options.Options
     micro_batch: int
     shardings: Any
+
+    @property
+    def platform(self):
+        return self.topology.platform
+
+    @property
+    def chips(self):
+        return self.topology.chips
 
     @property
     def micro_batches(self):
@@ -103,7 +110,7 @@ def place(c, topology):
     micro = c.train.micro_batch_size or placement.auto_micro_batch(c, sizes, rules, topology.platform, cost_.params)
     where = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     shardings = placement.state_shardings(shapes.state, shapes.infos, where, rules, chosen.zero1)
-    return Run(c, shapes, cost_, topology.platform, topology.chips, sizes, rules, chosen, micro, shardings)
+    return Run(c, shapes, cost_, topology, sizes, rules, chosen, micro, shardings)
 
 
 _cost = functools.lru_cache(64)(cost)

@@ -5,7 +5,6 @@ the rules (`volumes`). Seconds are FLOPs and bytes over the rates below, which a
 """
 import collections
 import importlib.metadata
-import itertools
 import math
 
 import jax
@@ -13,18 +12,24 @@ import jax.numpy as jnp
 
 from effmodels.parallel import layouts, pipeline
 from effmodels.plan import budgets
-from effmodels.plan.formulas import abstract, closed_serving, liveness, volumes
+from effmodels.plan.formulas import abstract, closed_serving, liveness, torus, volumes
 from effmodels.plan.formulas.footprint import Footprint
 from effmodels.plan.records import Operation, Plan
 
 BASIS = "closed form"
-MATMUL = 0.85  # of the peak: XLA's matmuls of the sizes of a layer; alone they reach 0.93 to 0.98 on v4 by the compiler's schedule
+PARTS = ("mixer", "channel")
+# Of the peak, forward and backward, as matmuls and what is fused with them came out in the programs of docs/plans; alone they reach 0.93.
+MATMUL = (0.91, 0.83)
+OPERANDS = 0.5  # of the time to move a matmul's operands and result is not hidden behind its arithmetic
 HBM = 0.8  # of the memory's bandwidth: fusions that are one pass over large arrays
 HEAD = (0.88, 0.61)  # linear_cross_entropy, forward and backward, in useful FLOPs (docs/benchmarks/v4_schedule.json)
 # Useful FLOPs by `cost` over time at the peak, forward and backward (the same file); OTHER for a kind that was not measured.
-KERNELS = {"attention": (0.54, 0.45), "retention": (0.2, 0.35), "moe": (0.79, 0.76)}
+KERNELS = {"attention": (0.54, 0.45), "retention": (0.52, 0.46), "moe": (0.79, 0.76)}
 OTHER = (0.3, 0.3)
 HIDDEN = ("all-gather", "collective-permute")  # run beside the layers' work where there is enough of it; all others are waited for
+ASYNC = "xla_enable_async_all_gather"  # the compiler's option without which programs for ASYNC_CHIPS wait for what they gather
+ASYNC_CHIPS = ("v4",)
+BEFORE = 4  # passes over the residual stream before a layer's first matmul, behind which its weight is gathered
 
 
 def plan(config, topology, mesh=None, what="train", *, name=""):
@@ -43,13 +48,13 @@ def price(run, topology, what="train", *, name=""):
     chip, c = topology.chip, run.config
     notes = ["closed form: nothing was compiled; memory within about 10 %, seconds are shares of the peak (no calibration on hardware)"]
     if what != "train":
-        memory, operations, flops, more = closed_serving.price(run, topology, what, lambda names: bandwidth(names, run, topology))
+        memory, operations, flops, more = closed_serving.price(run, what)
         notes += more
         model = executed = flops
         tokens, bubble, imbalance = c.batch_size * (c.seq_len if what == "prefill" else 1), 0.0, 0.0
     else:
         work = Work(run, chip)
-        memory, operations = work.footprint.memory(), work.operations(topology)
+        memory, operations = work.footprint.memory(), work.operations()
         model, executed = run.cost.train_flops_per_token * c.seq_len * c.batch_size, work.executed()
         tokens, bubble, imbalance = c.seq_len * c.batch_size, work.bubble, work.imbalance
         notes += work.notes()
@@ -96,17 +101,17 @@ class Work:
             return 0.0
         return 1 - sum(layouts.balance(run.options.layout, run.config.seq_len, pieces, w) for w in windows) / len(windows)
 
-    def operations(self, topology):
+    def operations(self):
         """The `Operation`s of one step in the order of execution, collectives beside the work of their phase."""
         found = []
         for phase in ("forward", "recomputed", "backward", "update"):
-            work = [*self._layers(phase), *self._head(phase), *self._elementwise(phase), *self._optimizer(phase)]
+            work = [*self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
             free = sum(o.total for o in work)
             found += [o for o in work if o.seconds]
             for v in volumes.volumes(self.run):
                 if v.phase == phase:
-                    seconds = v.bytes / bandwidth(v.axes, self.run, topology)
-                    covered = min(free, v.calls * seconds) if v.collective in HIDDEN else 0.0
+                    seconds = v.bytes / torus.bandwidth(v.axes, self.run, v.collective)
+                    covered = min(free, v.calls * self._hideable(v, seconds))
                     free -= covered
                     found.append(Operation(
                         name=f"{v.layer or 'pipeline'} {v.collective}", kind="collective", calls=v.calls, seconds=seconds, basis=BASIS,
@@ -115,23 +120,57 @@ class Work:
                     ))  # fmt: skip
         return tuple(found)
 
+    def _hideable(self, v, seconds):
+        """Of the seconds of a Volume, those that can pass while its layer works, where there is enough work.
+
+        Sums are waited for. So is the first weight that a mixer gathers, but for the norm before it: a program gathers what a layer needs
+        while that layer runs, not earlier.
+        """
+        if v.collective not in HIDDEN or v.collective == "all-gather" and not self._asynchronous:
+            return 0.0
+        mixers = {volumes.label(part) for part, _ in volumes.parts(self.run, "mixer")}
+        if v.collective == "all-gather" and v.layer in mixers and v.phase != "update":
+            before = BEFORE * self.footprint.stream() / (self.chip.bandwidth * HBM)
+            return seconds - max(0.0, seconds / v.pieces - before)
+        return seconds
+
+    @property
+    def _asynchronous(self):
+        return self.chip.name not in ASYNC_CHIPS or bool(self.run.config.train.compiler_options.get(ASYNC))
+
+    def _operands(self, prefix):
+        """Bytes that the matmuls with the weights under this path read and write in one call, on one chip."""
+        run, total = self.run, 0
+        for path, array in run.model.state.params.items():
+            info = run.model.infos[path]
+            if path.startswith(prefix) and info.is_matrix and "expert" not in info.dim_names:
+                sizes = [(d, n) for d, n in zip(info.dim_names, array.shape) if d != "layers"]
+                into = math.prod(n for d, n in sizes if d in info.in_dims)
+                out = math.prod(n for d, n in sizes if d not in info.in_dims)
+                total += run.rows * run.time * (into + out) + into * out
+        return total * self.compute / run.size(run.over("act_heads", "act_mlp"))
+
     def _layers(self, phase):
         run, c = self.run, self.run.config
         calls = volumes.calls(run)
         idle = 1 / (1 - self.bubble)
-        for r, period in zip(self.runs, self.periods):
+        for index, (r, period) in enumerate(zip(self.runs, self.periods)):
             number = max(1, r.repeats // run.stages) * calls if r.repeats > 1 else calls
-            for part, count in collections.Counter(part for kind in r.kinds for part in (kind.mixer, kind.channel)).items():
+            places = {getattr(kind, name): f"segments.{index}.blocks.{i}.{name}." for i, kind in enumerate(r.kinds) for name in PARTS}
+            for part, count in collections.Counter(getattr(kind, name) for kind in r.kinds for name in PARTS).items():
+                moved = OPERANDS * self._operands(places[part])
                 cost = part.cls.cost(part.config, run.model.resolved.env, c.seq_len, self.compute)
                 products = 2 * cost.active_params * c.seq_len
                 by_kernel = cost.flops if getattr(part.cls, "reports_load", False) else cost.flops - products
                 again = 1.0 if volumes.recomputes(run, "kernel") else 0.0
                 shares = {"forward": (1, 1), "recomputed": (period.recomputed, again), "backward": (2, 2)}.get(phase, (0, 0))
                 rate = KERNELS.get(volumes.label(part), OTHER)[phase == "backward"]
-                kinds = (("matmul", cost.flops - by_kernel, shares[0], MATMUL), ("kernel", by_kernel, shares[1], rate))
-                for what, flops, share, efficiency in kinds:
+                at_peak = MATMUL[phase == "backward"]
+                kinds = (("matmul", cost.flops - by_kernel, shares[0], at_peak, moved), ("kernel", by_kernel, shares[1], rate, 0.0))
+                for what, flops, share, efficiency, bytes_ in kinds:
                     each = share * flops * r.repeats * c.batch_size / run.chips / number
-                    seconds = each / (self.chip.flops * efficiency) * (idle if r.repeats > 1 else 1)
+                    seconds = each / (self.chip.flops * efficiency) + share * bytes_ / self.chip.bandwidth
+                    seconds *= idle if r.repeats > 1 else 1
                     yield Operation(
                         name=f"{part.name} {what}", kind=what, calls=number * count, seconds=seconds, basis=BASIS, flops=each,
                         layer=volumes.label(part), phase=phase,
@@ -144,14 +183,26 @@ class Work:
         seconds = each / (self.chip.flops * HEAD[phase == "backward"])
         yield Operation(name="head and loss", kind="kernel", calls=m, seconds=seconds, basis=BASIS, flops=each, layer="head", phase=phase)
 
-    def _elementwise(self, phase):
-        """Fusions between matmuls: about one and a half arrays read per array written; the forward pass makes a third of the backward's."""
-        share = {"forward": 1 / 3, "recomputed": 1 / 3 if self.run.config.model.remat != "none" else 0, "backward": 2 / 3}.get(phase, 0)
+    def _between(self, phase):
+        """What lies between the matmuls; the forward pass makes a third of the arrays of the backward pass, its recomputation included."""
+        run = self.run
+        again = run.config.model.remat != "none"
+        share = {"forward": 1 / 3, "recomputed": again / 3, "backward": 2 / 3}.get(phase, 0)
+        found = []
         for r, period in zip(self.runs, self.periods):
-            number = max(1, r.repeats // self.run.stages) * volumes.calls(self.run) if r.repeats > 1 else self.run.micro_batches
-            moved = share * 2.5 * sum(self.footprint.nbytes(a) for a in period.working if a.elementwise and not a.weight)
+            number = max(1, r.repeats // run.stages) * volumes.calls(run) if r.repeats > 1 else run.micro_batches
+            moved = sum(a.passes * self.footprint.nbytes(a) for a in period.working if not a.weight)
+            found.append(("elementwise", "", number, share * moved))
+        if phase in ("forward", "backward") or again and phase == "recomputed":
+            for part, times in volumes.parts(run, "channel"):
+                if part.cls.reports_load and volumes.travels(run):
+                    buffer = run.size(run.over("expert")) * volumes.pair_rows(run, part.config)[1] * run.config.model.d_model * self.compute
+                    found.append(("exchange", volumes.label(part), times, 2 * liveness.FUSION * buffer))  # there and back
+        for name, layer, calls, moved in found:
             seconds = moved / (self.chip.bandwidth * HBM)
-            yield Operation(name="elementwise", kind="memory", calls=number, seconds=seconds, basis=BASIS, bytes=moved, phase=phase)
+            yield Operation(
+                name=name, kind="memory", calls=calls, seconds=seconds, basis=BASIS, bytes=moved, layer=layer, phase=phase
+            )  # fmt: skip
 
     def _optimizer(self, phase):
         """Reads the state and the gradients, writes the state."""
@@ -170,29 +221,3 @@ class Work:
         if self.chip.platform != "tpu":
             found.append("memory and rates were compared with programs for TPU v4 only")
         return found
-
-
-def bandwidth(names, run, topology):
-    """Bytes/s that one chip sends over these mesh axes: on the links of its torus (`links`), or on the network between slices."""
-    chip = topology.chip
-    if topology.slices > 1 and set(names) & {"data", "stage"}:
-        return chip.dcn / chip.per_host
-    if chip.platform != "tpu":
-        return chip.ici
-    return chip.ici * links(run.size(names), topology)
-
-
-def links(number, topology):
-    """Links on which each of `number` devices of a slice sends to the others: two in a ring, one in a line, as `wire` counts them.
-
-    Assumption: they fill as many whole dims of the torus as they can, and lie side by side in a part of another.
-    """
-    dims, inside = [(n, 1 + wraps) for n, wraps in zip(topology.shape, topology.wrap) if n > 1], topology.chip.devices_per_chip
-    if number <= inside:  # devices of one chip: as fast as all its links
-        return 2 * topology.chip.torus_dims
-    number //= inside
-    boxes = [box for count in range(len(dims) + 1) for box in itertools.combinations(dims, count)]
-    fits = [box for box in boxes if number % math.prod(n for n, _ in box) == 0]
-    whole = max(fits, key=lambda box: (math.prod(n for n, _ in box), len(box)))
-    rest = number > math.prod(n for n, _ in whole) and len(whole) < len(dims)
-    return max(1, sum(ways for _, ways in whole) + rest)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.parallel import axes
-from effmodels.plan.formulas import decoding
+from effmodels.plan.formulas import decoding, torus
 from effmodels.plan.records import Memory, Operation
 from effmodels.train import placement
 
@@ -15,12 +15,9 @@ DECODE = 0.8  # of the memory's bandwidth: weights and states are read once per 
 BASIS = "closed form"
 
 
-def price(run, topology, what, bandwidth):
-    """(`Memory`, `Operation`s, model FLOPs of all chips, notes) of one call for batch_size sequences of seq_len tokens.
-
-    bandwidth(axes): bytes/s that one chip sends over these mesh axes.
-    """
-    served, chip, c = _served(run), topology.chip, run.config
+def price(run, what):
+    """(`Memory`, `Operation`s, model FLOPs of all chips, notes) of one call for batch_size sequences of seq_len tokens."""
+    served, chip, c = _served(run), run.topology.chip, run.config
     rows = served.parts("batch")
     parameters, rate = served.bytes("params"), jnp.dtype(c.model.compute_dtype).itemsize
     held = decoding.state(c.model, c.batch_size, c.seq_len)
@@ -39,7 +36,7 @@ def price(run, topology, what, bandwidth):
     each = flops / run.chips
     found = [Operation(name="layers", kind=kind, calls=1, seconds=seconds, basis=BASIS, flops=each, bytes=read, phase="forward")]
     for over, collective, size in _travel(served, stream, rate):
-        wire = size / bandwidth(over)
+        wire = size / torus.bandwidth(over, run, collective)
         found.append(Operation(
             name=collective, kind="collective", calls=1, seconds=wire, basis=BASIS, exposed=wire, bytes=size, axes=over,
             collective=collective, phase="forward",

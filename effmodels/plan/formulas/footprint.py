@@ -72,11 +72,13 @@ class Footprint:
         if r.repeats == 1:  # outside of the pipeline the stages share out the micro-batches
             return kept * slots
         # Every tick keeps what entered the stage and what the policy names; what its layers keep is made again, all of the stage at once.
-        repeats, ticks, queues = r.repeats // run.stages, volumes.calls(run), 3 * slots * self.stream()
+        repeats, ticks = r.repeats // (run.stages * run.options.rounds), volumes.calls(run)
+        enters = self.stream() * run.size(run.over("seq")) / run.size(run.over("res_seq"))
+        queues = 3 * slots * enters
         if self.config.remat == "none":
             return ticks * repeats * kept + queues
         again = self.traced("none", run.time)[index].kept_bytes(self.nbytes)
-        return ticks * (self.stream() + repeats * (kept - self.stream())) + repeats / run.options.rounds * again + queues
+        return ticks * (enters + repeats * (kept - self.stream())) + repeats * again + queues
 
     def _experts(self, array):
         """Of arrays of experts that are split: the share of a weight, or the rows of the exchange's buffers over those without it."""

@@ -30,11 +30,17 @@ FUSED = frozenset(
 )
 
 
+# Passes over memory, in the size of the result, of what is neither a matmul nor a kernel: a fusion reads about one and a half arrays for
+# each that it writes; what moves rows reads as much as it writes and reaches 0.4 of the bandwidth (gathers of a MoE's program for TPU v4).
+FUSION, MOVEMENT = 2.5, 5.0
+MOVES = frozenset(("gather", "scatter", "scatter-add", "scatter_add", "sort", "top_k"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
     """An array of one row: alive from the `birth`-th to the `death`-th operation.
 
-    weight: it has the shape of a parameter. elementwise: made by a fusion, which reads about as much as it writes.
+    weight: it has the shape of a parameter. passes: over memory that making it takes, FUSION or MOVEMENT; 0 for matmuls and kernels.
     """
 
     shape: tuple
@@ -42,7 +48,7 @@ class Array:
     weight: bool
     birth: int = 0
     death: int = 0
-    elementwise: bool = False
+    passes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _working(jaxpr, weights):
             made = name not in FUSED or (result in heavy and len(aval.shape) > 1)
             sources[result] = frozenset([result]) if made else behind
             if made:
-                born[result] = (t, aval, name in FUSED)
+                born[result] = (t, aval, FUSION if name in FUSED else MOVEMENT if name in MOVES else 0.0)
         for v in behind:  # an elementwise result takes the place of an array that nobody reads after it
             last[v] = t - (name in FUSED)
     for v in outputs:
@@ -177,8 +183,8 @@ def _working(jaxpr, weights):
             if source in born and born[source][1].shape not in weights:
                 last[source] = len(kept_steps)
     return tuple(
-        Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, aval.shape in weights, t, last.get(v, t), fused)
-        for v, (t, aval, fused) in born.items()
+        Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, aval.shape in weights, t, last.get(v, t), passes)
+        for v, (t, aval, passes) in born.items()
         if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number)
     )
 

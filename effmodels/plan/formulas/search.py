@@ -1,9 +1,11 @@
-"""What would fit, and what would be fastest: mesh shapes, recomputation, micro-batches, optimiser state, ranked by the closed form.
+"""What would fit, and what would be fastest: the settings of `variants` and `policies`, ranked by the closed form.
 
 A mesh whose leanest settings do not fit is dropped with all its variants; the best few are confirmed by compiling, as far as the time goes.
 """
+import collections
 import dataclasses
-import itertools
+import math
+import shlex
 import time
 
 import jax
@@ -11,20 +13,21 @@ import jax.numpy as jnp
 
 from effmodels.config import ConfigError
 from effmodels.models.blocks import segments
-from effmodels.parallel import axes
 from effmodels.plan import topology, units
-from effmodels.plan.formulas import abstract, closed_form
+from effmodels.plan.formulas import abstract, closed_form, variants
 from effmodels.plan.formulas.policies import policies
 from effmodels.plan.schedule.dump import CompilerError
 from effmodels.train.run_config import RunConfig
 
 MARGIN = 0.95  # of a chip's memory that a plan by formula may fill
-LARGEST_TENSOR = 16
-LONG_ROWS = 32_768  # tokens from which on a split sequence is tried unasked
-DEEP_PIPELINE = 512  # chips from which on stages are tried unasked
-MICRO_TOKENS = 65_536  # of one chip and micro-batch, at most
 CONFIRMED = 3  # candidates that fit by the compiler
 AT_ONCE = 8  # meshes whose variants are tried together, the fastest first
+SUMMED = 4  # of these variants that are also tried with other ways to sum gradients
+WORTHWHILE = 0.98  # of the step time without them
+OF_ONE_MESH = 3  # candidates that share mesh and rules
+LEANEST = 24  # settings that are tried on a slice to see whether a config fits there
+TELL_EVERY = 10.0  # seconds
+CHANGES = " (less precise: sums in bfloat16)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +50,26 @@ class Candidate:
         return self.compiled.fits if self.compiled else not memory.available or memory.total <= MARGIN * memory.available
 
     @property
+    def changes(self):
+        """Whether it computes with less precision than the config asks for."""
+        return bool({"train.accumulate_dtype", "optim.options"} & set(self.overrides))
+
+    @property
     def text(self):
         """What to paste behind the command."""
-        return " ".join(f"--config.{name}={value}" for name, value in self.overrides.items())
+        return " ".join(shlex.quote(f"--config.{name}={value}") for name, value in self.overrides.items())
 
     def line(self):
         """Time, MFU, memory and overrides, indented."""
         figures = f"{units.time(self.best.seconds)}, MFU {self.best.mfu:.1%}, {units.size(self.best.memory.total)}"
-        return f"  {figures} ({'compiled' if self.compiled else 'closed form'}): {self.text or 'as it is'}"
+        return f"  {figures} ({'compiled' if self.compiled else 'closed form'}): {self.text or 'as it is'}" + CHANGES * self.changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
     """candidates: those that fit, fastest first, by the compiler where it was given. unconfirmed: those that it was not asked about.
 
-    tried: plans made. smallest: the smallest slice on which the config fits, or "".
+    tried: plans made. smallest: the smallest slice on which the config fits, or ""; all_asked: whether there was time to ask about all.
     """
 
     candidates: tuple
@@ -69,6 +77,7 @@ class Found:
     tried: int
     smallest: str
     seconds: float
+    all_asked: bool = True
 
     def text(self):
         """What was found, for people."""
@@ -76,7 +85,10 @@ class Found:
         lines += [candidate.line() for candidate in self.candidates] or ["  none"]
         if self.unconfirmed:
             lines += ["by formula only, not confirmed by the compiler:", *(candidate.line() for candidate in self.unconfirmed)]
-        return "\n".join(lines + ([f"smallest slice on which it fits: {self.smallest}"] if self.smallest else []))
+        if self.smallest or not self.all_asked:
+            known = self.smallest or "not known"
+            lines.append(f"smallest slice on which it fits: {known}" + ("" if self.all_asked else ", or a smaller one: the time was up"))
+        return "\n".join(lines)
 
 
 def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
@@ -86,14 +98,13 @@ def search(config, place, *, seconds=120.0, log=print, compile=None, keep=10):
     """
     start = time.monotonic()
     c = RunConfig.from_mapping(config, place.platform)
-    until = start + seconds * (0.4 if compile else 0.9)
     log(f"search: meshes of {place.chips} chips, by the closed form")
-    candidates, tried = _ranked(c, place, until, log)
-    smallest = smallest_slice(c, place, start + seconds * (0.5 if compile else 1.0)) if time.monotonic() < start + seconds else ""
-    best, rest = [x for x in candidates if x.fits][:keep], []
+    candidates, tried = _ranked(c, place, start + seconds * (0.35 if compile else 0.75), log)
+    smallest, all_asked = smallest_slice(c, place, start + seconds * (0.5 if compile else 1.0), log)
+    best, rest = _spread(candidates, keep), []
     if compile:
         best, rest = _confirmed(config, best, compile, start + seconds, log)
-    return Found(tuple(best), tuple(rest), tried, smallest, time.monotonic() - start)
+    return Found(tuple(best), tuple(rest), tried, smallest, time.monotonic() - start, all_asked)
 
 
 def apply(config, overrides):
@@ -108,53 +119,37 @@ def apply(config, overrides):
     return fields
 
 
-def mesh_shapes(c, chips, wide=False):
-    """{axis: size} of every mesh worth a plan for a RunConfig, those with the least splitting of single layers first.
+def smallest_slice(c, place, until, log=lambda text: None):
+    """(name of the smallest slice of the same chip on which the leanest settings fit, or ""; whether all smaller ones were asked).
 
-    wide: also split sequences and stages where rows are short and chips few, for what does not fit otherwise.
+    Sizes are halved in between: what fits on some chips fits on more.
     """
-    rules, layers = axes.make_rules(c.rules), abstract.model(c)
-
-    def divide(axis):
-        """The divisors of `chips` by which every dim that the rules split over this axis divides."""
-        sizes = {n for p, a in layers.state.params.items() for d, n in zip(layers.infos[p].dim_names, a.shape)
-                 if d not in (None, "vocab") and axis in axes.as_tuple(dict(rules)[d])}  # fmt: skip
-        return [n for n in _divisors(chips) if n == 1 or sizes and all(size % n == 0 for size in sizes)]
-
-    long, deep = wide or c.seq_len >= LONG_ROWS or _asked(c, "seq"), wide or chips >= DEEP_PIPELINE or _asked(c, "stage")
-    repeats = max(r for _, _, r in layers.segments)
-    limits = {
-        "tensor": [n for n in divide("tensor") if n <= LARGEST_TENSOR],
-        "expert": divide("expert"),
-        "seq": [n for n in _divisors(chips) if n == 1 or long and c.seq_len % (2 * n) == 0 and c.seq_len // n >= 1024],
-        "stage": [n for n in _divisors(chips) if n == 1 or deep and repeats % n == 0],
-    }
-    fsdp_sizes = divide("fsdp")
-    found = []
-    for tensor, expert, seq, stage in itertools.product(*limits.values()):
-        rest, used = divmod(chips, tensor * expert * seq * stage)
-        if used or not rest:
-            continue
-        for fsdp in fsdp_sizes:
-            if rest % fsdp == 0 and c.batch_size % (rest * expert) == 0:
-                found.append({"data": rest // fsdp, "fsdp": fsdp, "seq": seq, "tensor": tensor, "expert": expert, "stage": stage})
-    # The most promising first, in case the time does not suffice: no replicas of a large state, little splitting of layers.
-    return sorted(found, key=lambda m: (m["stage"], m["tensor"] * m["seq"], m["expert"], m["data"]))
-
-
-def smallest_slice(c, place, until):
-    """The name of the smallest slice of the same chip (one slice) on which the leanest settings fit, or ""."""
     state = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(abstract.model(c).state))
-    for other in _slices(place):
-        if other.chip.hbm and state > MARGIN * other.chip.hbm * other.chips:
+    sizes = [x for x in _slices(place) if not x.chip.hbm or state <= MARGIN * x.chip.hbm * x.chips]
+    low, high, found = 0, len(sizes), ""
+    while low < high:
+        middle = (low + high) // 2
+        log(f"search: does it fit on {sizes[middle].name}?")
+        if not variants.mesh_shapes(c, sizes[middle].chips, wide=True):
+            high = middle  # the rows do not suffice for so many chips
             continue
-        for mesh in mesh_shapes(c, other.chips, wide=True):
-            plan = _plan(_lean(_on(c, mesh)), other)
-            if plan is not None and Candidate({}, plan).fits:
-                return other.name
-            if time.monotonic() > until:
-                return ""
-    return ""
+        fits = _fits_on(c, sizes[middle], until)
+        if fits is None:
+            return found, False
+        found, low, high = (sizes[middle].name, low, middle) if fits else (found, middle + 1, high)
+    return found, True
+
+
+def _fits_on(c, place, until):
+    """Whether the leanest of the settings with the smallest states fit on a Topology; None where the time is up before it is known."""
+    settings = sorted(variants.placed(c, place, MARGIN, wide=True), key=variants.state_bytes)
+    for one in settings[:LEANEST]:
+        plan = _plan(variants.lean(one), place)
+        if plan is not None and Candidate({}, plan).fits:
+            return True
+        if time.monotonic() > until:
+            return None
+    return False
 
 
 def _ranked(c, place, until, log):
@@ -162,77 +157,67 @@ def _ranked(c, place, until, log):
 
     First all meshes at their least memory, then the variants of the fastest ones: whenever the time is up, the best so far are known.
     """
-    meshes, tried, found = mesh_shapes(c, place.chips), 0, []
+    tried, found, told = 0, [], time.monotonic()
 
-    def plans(variants, what):
-        nonlocal tried
-        for variant in variants:
-            if time.monotonic() > until:
+    def plans(settings, what):
+        nonlocal tried, told
+        for one in settings:
+            now = time.monotonic()
+            if now > until:
                 log(f"search: the time is up among {what}")
                 return
-            plan, tried = _plan(variant, place), tried + 1
+            if now - told > TELL_EVERY:
+                told = now
+                log(f"search: {tried} plans made, at {what}")
+            plan, tried = _plan(one, place), tried + 1
             if plan is not None:
-                yield variant, Candidate(_overrides(c, variant), plan)
+                yield one, Candidate(variants.overrides(c, one), plan)
 
-    def fitting(meshes):
-        return [(v, x) for v, x in plans((_lean(_on(c, mesh)) for mesh in meshes), f"the {len(meshes)} meshes") if x.fits]
+    def fitting(settings, what="the meshes at their least memory"):
+        return [(one, x) for one, x in plans(settings, what) if x.fits]
 
-    lean = fitting(meshes)
+    meshes = variants.placed(c, place, MARGIN)
+    lean = fitting(map(variants.lean, meshes))
     if not lean:
         log("search: no mesh fits; trying also sequences and layers in more pieces")
-        more = [mesh for mesh in mesh_shapes(c, place.chips, wide=True) if mesh not in meshes]
-        lean, meshes = fitting(more), meshes + more
+        meshes = variants.placed(c, place, MARGIN, wide=True)
+        lean = fitting(map(variants.lean, meshes))
+    if not lean:
+        log("search: no mesh fits; trying also sums in bfloat16, which changes the arithmetic")
+        meshes = [variants.half_precision(one) for one in variants.placed(variants.half_precision(c), place, MARGIN, wide=True)]
+        lean = fitting(map(variants.lean, meshes))
     lean.sort(key=lambda pair: pair[1].plan.seconds)
     found = [x for _, x in lean]
-    log(f"search: {len(found)} of {len(meshes)} meshes fit at their least memory")
-    groups = [(r.kinds, r.repeats) for r in segments(abstract.model(c).resolved.layers, c.model.scan_layers)]
-    chosen = dict.fromkeys((c.model.remat, *policies(abstract.model(c).resolved, groups, c.seq_len, place.chip, until))) if lean else ()
+    log(f"search: {len(found)} of {len(meshes)} meshes and tables of rules fit at their least memory")
+    resolved, chosen = abstract.model(c).resolved, ()
+    if lean:
+        groups = [(r.kinds, r.repeats) for r in segments(resolved.layers, c.model.scan_layers)]
+        traced_until = (time.monotonic() + until) / 2  # the rest is for the plans
+        chosen = dict.fromkeys((c.model.remat, *policies(resolved, groups, c.seq_len, place.chip, traced_until)))
     for first in range(0, len(lean), AT_ONCE):
-        some = lean[first : first + AT_ONCE]
-        variants = (v for remat in chosen for one, _ in some for v in _variants(one, remat))
-        found += [x for _, x in plans(variants, f"the variants of mesh {first + 1} to {first + len(some)}")]
+        some = [one for one, _ in lean[first : first + AT_ONCE]]
+        what = f"the variants of mesh {first + 1} to {first + len(some)}"
+        pairs = list(plans((v for remat in chosen for one in some for v in variants.settings(one, remat)), what))
+        best = sorted((pair for pair in pairs if pair[1].fits), key=lambda pair: pair[1].plan.seconds)[:SUMMED]
+        more = (change(one) for one, _ in best for change in (variants.ringed, variants.half_precision))
+        found += [x for _, x in pairs] + [x for _, x in plans(more, "other ways to sum")]
         if time.monotonic() > until:
             break
-    if not found:  # what changes the arithmetic is tried last
-        found = [x for _, x in plans((_half_precision(_lean(_on(c, mesh))) for mesh in meshes), "sums in bfloat16")]
     unique = list({x.text: x for x in found}.values())
     log(f"search: {tried} plans in closed form, {sum(x.fits for x in unique)} fit")
     return sorted(unique, key=lambda x: x.plan.seconds), tried
 
 
-def _variants(c, remat):
-    """The settings of one mesh under one remat policy."""
-    sizes = c.mesh
-    rows = axes.parts("batch", sizes, axes.make_rules(c.rules))
-    micros = [m for m in _doublings(rows, c.batch_size) if c.batch_size % m == 0 and m // rows * c.seq_len // sizes["seq"] <= MICRO_TOKENS]
-    zeros, rounds = (False, True) if sizes["data"] > 1 else (False,), (1, 2) if sizes["stage"] > 1 else (1,)
-    for micro, zero1, number in itertools.product(micros or [rows], zeros, rounds):
-        yield _with(c, remat=remat, micro=micro, zero1=zero1, rounds=number)
-
-
-def _lean(c):
-    """The same mesh at its least memory."""
-    rows = axes.parts("batch", c.mesh, axes.make_rules(c.rules))
-    return _with(c, remat="full", micro=rows, zero1=c.mesh["data"] > 1, rounds=1)
-
-
-def _half_precision(c):
-    """With sums of gradients, and the first moment where the optimiser has one, in bfloat16."""
-    optim = dict(c.optim)
-    if optim.get("name") in ("adamw", "adam", "lion"):
-        optim["options"] = {**(optim.get("options") or {}), "mu_dtype": "bfloat16"}
-    return dataclasses.replace(c, optim=optim, train=dataclasses.replace(c.train, accumulate_dtype="bfloat16"))
-
-
-def _with(c, *, remat, micro, zero1, rounds):
-    return dataclasses.replace(
-        c, model=dataclasses.replace(c.model, remat=remat), train=dataclasses.replace(c.train, remat=remat, micro_batch_size=micro),
-        parallel=dataclasses.replace(c.parallel, zero1=zero1, rounds=rounds),
-    )  # fmt: skip
-
-
-def _on(c, mesh):
-    return dataclasses.replace(c, mesh=mesh)
+def _spread(candidates, keep):
+    """The fastest that fit, few of one mesh and table of rules; changed arithmetic only where it gains something."""
+    fits, count, chosen = [x for x in candidates if x.fits], collections.Counter(), []
+    exact = min((x.plan.seconds for x in fits if not x.changes), default=math.inf)
+    for x in fits:
+        group = tuple(sorted((k, v) for k, v in x.overrides.items() if k.startswith(("mesh.", "rules."))))
+        if count[group] < OF_ONE_MESH and (not x.changes or x.plan.seconds < WORTHWHILE * exact):
+            chosen.append(x)
+            count[group] += 1
+    return chosen[:keep]
 
 
 def _plan(c, place):
@@ -242,21 +227,6 @@ def _plan(c, place):
         return closed_form.price(abstract.place(c, place), place)
     except ConfigError:
         return None
-
-
-def _overrides(before, after):
-    """{dotted field: value} that turn one RunConfig into the other; the whole mesh is always said."""
-    found = {f"mesh.{axis}": size for axis, size in after.mesh.items() if size > 1 or _asked(before, axis)}
-    pairs = {
-        "train.remat": (before.train.remat, after.train.remat),
-        "train.micro_batch_size": (before.train.micro_batch_size, after.train.micro_batch_size),
-        "train.accumulate_dtype": (before.train.accumulate_dtype, after.train.accumulate_dtype),
-        "parallel.zero1": (before.parallel.zero1, after.parallel.zero1),
-        "parallel.rounds": (before.parallel.rounds, after.parallel.rounds),
-    }
-    found |= {name: new for name, (old, new) in pairs.items() if new != old}
-    old, new = (dict(x.optim.get("options") or {}) for x in (before, after))
-    return found | {f"optim.options.{k}": v for k, v in new.items() if old.get(k) != v}
 
 
 def _confirmed(config, candidates, compile, until, log):
@@ -293,21 +263,6 @@ def _slices(place):
         yield from (topology.parse(f"{kind}:{2**k}") for k in range(13))
         return
     yield from (topology.parse(topology.slice_name(name, n)) for n in topology.named_slices(name) if n & (n - 1) == 0)
-
-
-def _asked(c, axis):
-    """Whether a config asks for anything but one along this axis."""
-    return c.mesh.get(axis, -1 if axis == "data" else 1) != 1
-
-
-def _doublings(first, last):
-    while first <= last:
-        yield first
-        first *= 2
-
-
-def _divisors(n):
-    return [k for k in range(1, n + 1) if n % k == 0]
 
 
 def _copied(value):

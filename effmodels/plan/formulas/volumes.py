@@ -2,6 +2,7 @@
 
 An axis that splits a weight and the rows: the weight is gathered (ZeRO-3). One that splits the rows only: gradients are summed. One that
 splits a weight only: activations are summed (arXiv:1909.08053). Over a split sequence a mixer sends its state, whose size its `cost` says.
+Gradients of gathered weights are scattered, but where libtpu sums them whole and lets every chip keep its part (`_gradients`).
 Letters: g chips of a group, M micro-batches, D model, n shards of an axis.
 """
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from effmodels.channel.moe import capacity
 from effmodels.parallel import axes, exchange, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
+from effmodels.plan.formulas import torus
 
 _PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
 GRADIENT_OVERHEAD = 1.03  # scattered gradients are padded where a fusion's pieces overlap: 1 to 5 % in programs for TPU v4
@@ -21,7 +23,7 @@ PIPED_OVERHEAD = 1.5  # in a pipeline the compiler sums some gradients whole ins
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """A collective. bytes: sent by one chip, of one call."""
+    """A collective. bytes: sent by one chip, of one call. pieces: how many collectives of the program it stands for."""
 
     axes: tuple
     collective: str
@@ -29,6 +31,7 @@ class Volume:
     calls: int
     layer: str
     phase: str
+    pieces: int = 1
 
 
 def volumes(run):
@@ -37,8 +40,9 @@ def volumes(run):
     for v in (*_weights(run), *_update(run), *_activations(run), *_experts(run), *_sequence(run), *_stages(run)):
         key = v.axes, v.collective, v.calls, v.layer, v.phase
         if v.axes and v.bytes:
-            found[key] = found.get(key, 0.0) + v.bytes
-    return tuple(Volume(a, c, b, n, layer, phase) for (a, c, n, layer, phase), b in found.items())
+            size, pieces = found.get(key, (0.0, 0))
+            found[key] = size + v.bytes, pieces + 1
+    return tuple(Volume(a, c, size, n, layer, phase, pieces) for (a, c, n, layer, phase), (size, pieces) in found.items())
 
 
 def label(part):
@@ -65,10 +69,11 @@ def _weights(run):
     """Gathers of weights, and sums or scatters of their gradients."""
     c, rows = run.config.model, run.over("batch", "seq")
     compute, state = jnp.dtype(c.compute_dtype).itemsize, run.model.state.params
-    stay = run.over("expert") if travels(run) else ()
     for path, array in state.items():
         sharding, info, place = run.shardings.params[path], run.model.infos[path], _PLACE.match(path)
         split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
+        experts = "expert" in info.batch_dims
+        stay = run.over("expert") if experts and travels(run) else ()  # their tokens come to them
         gathered = tuple(a for a in split if a in rows and a not in stay)
         summed = tuple(a for a in rows if a not in split)
         layer, repeats, piped = _owner(run, place, path), 1, False
@@ -77,25 +82,58 @@ def _weights(run):
             piped = run.stages > 1 and repeats > 1
             repeats //= run.stages if piped else 1
         each = math.prod(sharding.shard_shape(array.shape)) // repeats
-        g, r = run.size(gathered), run.size(summed)
+        g = run.size(gathered)
         times = repeats * calls(run)
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
-        experts = "expert" in info.batch_dims
         # Between the recomputation and the gradients of a longer period the compiler drops what it gathered, but for experts' weights.
         again = ("recomputed",) if place and (piped or period > 1 and not experts) and run.config.model.remat != "none" else ()
         for phase in ("forward", *again, "backward"):
             yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
+        if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
+            yield from _rings(run, each * compute, gathered, summed, times, layer)
+            continue
+        if gathered and experts and run.options.gradient_rings:  # `parallel.scatter`: every ring scatters
+            yield Volume(gathered, "collective-permute", each * compute * (g - 1), times, layer, "backward")
+            continue
         overhead = PIPED_OVERHEAD if piped else GRADIENT_OVERHEAD if place else 1.0
-        yield Volume(gathered, "reduce-scatter", each * compute * (g - 1) * overhead, times, layer, "backward")
-        yield Volume(summed, "all-reduce", 2 * each * compute * (r - 1) / r, times, layer, "backward")
+        yield from _gradients(run, each * compute, gathered, summed, times, layer, overhead, experts)
+
+
+def _gradients(run, part, gathered, summed, times, layer, overhead=1.0, experts=False):
+    """The sum of a weight's gradients over the rows, of which every chip keeps `part` bytes (all of it where nothing is gathered).
+
+    Seen in programs for TPU v4: groups in at most two dims of the torus scatter. Over all three dims the gradient is summed whole, with
+    ZeRO-1 over the replicas too; so is that of experts whose weights are split over several axes.
+    """
+    joint = gathered + summed if run.options.zero1 and "data" in summed else gathered
+    over = tuple(a for a in axes.MESH_AXES if a in joint)
+    g, r, n = run.size(gathered), run.size(summed), run.size(over)
+    if gathered and run.platform == "tpu" and (torus.dims(n, run.topology) == 3 or experts and len(gathered) > 1):
+        yield Volume(over, "all-reduce", 2 * part * g * (n - 1) / n, times, layer, "backward")
+        summed = tuple(a for a in summed if a not in over)
+        r = run.size(summed)
+    else:
+        yield Volume(gathered, "reduce-scatter", part * (g - 1) * overhead, times, layer, "backward")
+    yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
+
+
+def _rings(run, part, gathered, summed, times, layer):
+    """`parallel.weight_ring`: as many hops as the first ring is long, then the sums over the other dims of the torus; of each in turn."""
+    g, r = run.size(gathered), run.size(summed)
+    dims, share = torus.rings(g, run.topology), 0.0
+    for i in range(len(dims)):
+        order = [*dims[i:], *dims[:i]]
+        share += 1 + sum((order[j] - 1) / math.prod(order[: j + 1]) for j in range(1, len(order)))
+    yield Volume(gathered, "collective-permute", part * g * share / len(dims), times, layer, "backward")
+    yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
 
 
 def _table(run, path, each, gathered, summed):
     """The embedding and the head: both uses of a tied table have a gradient, the lookup's in the compute dtype, the head's in float32."""
     c, m = run.config.model, run.micro_batches
-    compute, g, r = jnp.dtype(c.compute_dtype).itemsize, run.size(gathered), run.size(summed)
+    compute, g = jnp.dtype(c.compute_dtype).itemsize, run.size(gathered)
     tied, is_head = c.tie_embeddings, path == "head"
     slots = m if run.stages == 1 else -(-m // run.stages)
     # The lookup's copy is gathered once per step; the head's once per micro-batch, the same one where there is one micro-batch.
@@ -107,8 +145,7 @@ def _table(run, path, each, gathered, summed):
             n = run.size(over)
             yield Volume(over, "all-reduce", 2 * each * g * itemsize * (n - 1) / n, slots, layer, "backward")
         elif used:
-            yield Volume(gathered, "reduce-scatter", each * itemsize * (g - 1), m, layer, "backward")
-            yield Volume(summed, "all-reduce", 2 * each * itemsize * (r - 1) / r, m, layer, "backward")
+            yield from _gradients(run, each * itemsize, gathered, summed, m, layer)
 
 
 def _update(run):
