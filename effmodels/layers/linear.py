@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from effmodels.parallel import ops
 from effmodels.parallel.axes import current_mesh
 
 
@@ -26,8 +27,10 @@ def named(x, name):
 def _product(spec, x, weight, dtype, arrange):
     w = (weight if isinstance(weight, jnp.ndarray) else weight[...]).astype(x.dtype)
     w = w if arrange is None else arrange(w)
+    if current_mesh() is not None:
+        return ops.project(spec, x, w, _dim_names(spec, weight), dtype)
     inputs = _matrix_inputs(spec)
-    if inputs is None or current_mesh() is not None:
+    if inputs is None:
         return jnp.einsum(spec, x, w, preferred_element_type=dtype)
     # As one matrix product: in the backward pass of the einsum a CPU transposes activations elementwise, which takes longer than the
     # product itself (docs/log.md). Under a mesh the dims stay apart, so that each keeps its sharding.
@@ -36,15 +39,18 @@ def _product(spec, x, weight, dtype, arrange):
     return y.reshape(*lead, *out)
 
 
+def _dim_names(spec, weight):
+    """The names of the weight's dims; None of a bare array."""
+    info = getattr(weight, "get_metadata", dict)().get("info")
+    letters = spec.split("->")[0].split(",")[1]
+    return None if info is None else info.dim_names[-len(letters) :]  # one layer of a stack has the names of the stack
+
+
 def _output_dim(spec, weight):
     """The dim name of the weight's first dim that is in the result; None of a bare array."""
-    info = getattr(weight, "get_metadata", dict)().get("info")
     operands, result = spec.split("->")
-    letters = operands.split(",")[1]
-    if info is None:
-        return None
-    dim_names = info.dim_names[-len(letters):]  # one layer of a stack has the names of the stack
-    return next((name for name, letter in zip(dim_names, letters) if letter in result), None)
+    names = _dim_names(spec, weight) or ()
+    return next((name for name, letter in zip(names, operands.split(",")[1]) if letter in result), None)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ CHOICES = {
     "attention": ("ring", "all_gather", "ulysses"),
     "states": ("auto", "ring", "log"),
     "experts": ("auto", "padded", "ragged", "gather"),
+    "gradient_sum": ("xla", "ring"),
 }
 
 
@@ -26,6 +27,8 @@ class Options:
     `expert` axis.
     recv_bound: rows that one pair of expert shards has room for, as a multiple of the mean; None: the worst case.
     rounds: circular pipeline, how often a micro-batch goes round the stages. zero1: optimiser state split over `data`.
+    gradient_sum: gradients of projections, "xla": by the compiler; "ring": while they are computed (`weight_ring`).
+    gradient_rings: mesh axes by ring of chips, over which gradients of experts are summed by permutes (`scatter`); empty: by the compiler.
     """
 
     layout: str = "auto"
@@ -35,6 +38,8 @@ class Options:
     recv_bound: float | None = None
     rounds: int = 1
     zero1: bool = False
+    gradient_rings: str = ""
+    gradient_sum: str = "xla"
 
     def __post_init__(self):
         for field, known in CHOICES.items():
