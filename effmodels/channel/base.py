@@ -43,10 +43,16 @@ def _relu_squared(x):
     return jnp.square(jax.nn.relu(x))
 
 
+def _gelu_exact(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
 # name -> (function of one array per input matrix, number of input matrices)
 ACTIVATIONS = {
     "swiglu": (lambda gate, up: jax.nn.silu(gate) * up, 2),  # arXiv:2002.05202
     "geglu": (lambda gate, up: jax.nn.gelu(gate) * up, 2),
+    "geglu_exact": (lambda gate, up: _gelu_exact(gate) * up, 2),
     "gelu": (jax.nn.gelu, 1),
+    "gelu_exact": (_gelu_exact, 1),
     "relu2": (_relu_squared, 1),  # arXiv:2109.08668
 }

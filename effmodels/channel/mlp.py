@@ -7,7 +7,7 @@ import jax
 from effmodels.channel.base import ACTIVATIONS, ChannelMixer
 from effmodels.config import ConfigError, nearest
 from effmodels.layers.linear import dot
-from effmodels.layers.param import param
+from effmodels.layers.param import param, zeros
 from effmodels.mixers.base import Cost
 from effmodels.parallel.axes import shard
 
@@ -19,6 +19,7 @@ class MLP(ChannelMixer):
     class Config:
         hidden: int | None = None  # None: 4 d_model, or 8/3 d_model when gated, rounded up to a multiple of 64
         activation: str = "swiglu"
+        bias: bool = False
 
     @classmethod
     def check(cls, config, env):
@@ -35,17 +36,26 @@ class MLP(ChannelMixer):
         if ACTIVATIONS[config.activation][1] == 2:
             self.w_up = make(rngs.params(), (D, F), ("embed", "mlp"), in_dims=("embed",))
         self.w_out = make(rngs.params(), (F, D), ("mlp", "embed"), in_dims=("mlp",))
+        if config.bias:
+            for name in ("b_in", "b_up")[: ACTIVATIONS[config.activation][1]]:
+                setattr(self, name, param(zeros, rngs.params(), (F,), ("mlp",), in_dims=(), dtype=env.param_dtype))
+            self.b_out = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
 
     def __call__(self, x_BTD, ctx):
         activation, inputs = ACTIVATIONS[self.config.activation]
-        weights = (self.w_in, self.w_up)[:inputs] if inputs == 2 else (self.w_in,)
-        h_BTF = shard(activation(*(dot("BTD,DF->BTF", x_BTD, w) for w in weights)), "batch", "seq", "act_mlp")
-        return shard(dot("BTF,FD->BTD", h_BTF, self.w_out), "batch", "res_seq", "act_embed"), None
+        h_BTF = activation(*(self._linear("BTD,DF->BTF", x_BTD, name) for name in ("in", "up")[:inputs]))
+        y_BTD = self._linear("BTF,FD->BTD", shard(h_BTF, "batch", "seq", "act_mlp"), "out")
+        return shard(y_BTD, "batch", "res_seq", "act_embed"), None
+
+    def _linear(self, spec, x, name):
+        y = dot(spec, x, getattr(self, "w_" + name))
+        return y + getattr(self, "b_" + name)[...].astype(y.dtype) if self.config.bias else y
 
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         params = (ACTIVATIONS[config.activation][1] + 1) * env.d_model * hidden_size(config, env)
-        return Cost(params=params, flops=2 * params * seq_len, dense_flops=2 * params * seq_len, decode_flops=2 * params)
+        vectors = (ACTIVATIONS[config.activation][1] * hidden_size(config, env) + env.d_model) * config.bias
+        return Cost(params=params + vectors, flops=2 * params * seq_len, dense_flops=2 * params * seq_len, decode_flops=2 * params)
 
 
 def hidden_size(config, env):

@@ -13,7 +13,7 @@ from effmodels.channel import routers
 from effmodels.channel.base import ACTIVATIONS, ChannelMixer, LayerAux
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.config import ConfigError, nearest
-from effmodels.layers.param import Buffer, ParamInfo, param
+from effmodels.layers.param import Buffer, ParamInfo, param, zeros
 from effmodels.mixers.base import Cost
 from effmodels.parallel.expert import expert_ffn
 
@@ -34,7 +34,11 @@ class MoE(ChannelMixer):
         routed_scaling: float = 1.0
         groups: int = 1  # group-limited choice: the experts form this many groups,
         top_groups: int = 1  # and a token may use this many of them
+        group_score: str = "top2"  # of a group: the sum of its two highest scores, or "max", its highest (DeepSeek-V2)
         shared_experts: int = 0  # experts that every token uses
+        shared_hidden: int | None = None  # ffn width of all shared experts together; None: shared_experts times hidden
+        shared_gate: bool = False  # their output times sigmoid(x w), a number per token (Qwen2-MoE)
+        router_bias: bool = False  # a learned bias of the router's logits (gpt-oss)
         capacity_factor: float | None = None  # None: dropless; else C = ceil(factor * T * k / E) per row, while training
         balance: str = "row"  # balance loss per "row" or over the whole "batch"
         balance_coef: float = 0.01
@@ -48,6 +52,8 @@ class MoE(ChannelMixer):
             raise ConfigError(f"moe.activation: unknown {c.activation!r}.{nearest(c.activation, ACTIVATIONS)}")
         if c.router not in routers.SCORES:
             raise ConfigError(f"moe.router: unknown {c.router!r}.{nearest(c.router, routers.SCORES)}")
+        if c.group_score not in routers.GROUP_SCORES:
+            raise ConfigError(f"moe.group_score: unknown {c.group_score!r}.{nearest(c.group_score, routers.GROUP_SCORES)}")
         if c.balance not in ("row", "batch"):
             raise ConfigError(f"moe.balance: expected 'row' or 'batch', got {c.balance!r}.")
         if not 1 <= c.top_k <= c.num_experts:
@@ -62,6 +68,8 @@ class MoE(ChannelMixer):
 
         if c.capacity_factor is not None and c.capacity_factor <= 0:
             raise ConfigError(f"moe: expected capacity_factor > 0 or None (dropless), got {c.capacity_factor}.")
+        if not c.shared_experts and (c.shared_gate or c.shared_hidden is not None):
+            raise ConfigError("moe: shared_gate and shared_hidden need shared_experts >= 1.")
         if c.shared_experts < 0 or (c.hidden is not None and c.hidden < 1):
             raise ConfigError(f"moe: expected shared_experts >= 0 and hidden >= 1, got {c.shared_experts} and {c.hidden}.")
 
@@ -78,6 +86,10 @@ class MoE(ChannelMixer):
         self.w_out = make(rngs.params(), (E, F, D), ("expert", "expert_mlp", "embed"), in_dims=("expert_mlp",), batch_dims=("expert",))
         if config.shared_experts:
             self.shared = MLP(_shared_config(config, env), env, rngs=rngs)
+        if config.shared_gate:
+            self.shared_gate = make(rngs.params(), (D,), ("norm",), in_dims=("norm",))
+        if config.router_bias:
+            self.router_bias = param(zeros, rngs.params(), (E,), (None,), in_dims=(), dtype=wide)
         if config.bias_update_rate:
             self.bias = Buffer(jnp.zeros((E,), jnp.float32), info=ParamInfo((None,)))
 
@@ -86,6 +98,8 @@ class MoE(ChannelMixer):
         valid_BT = jnp.ones(x_BTD.shape[:2], bool) if ctx.segment_ids_BT is None else ctx.segment_ids_BT != 0
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(wide), self.router[...].astype(wide))
+        if c.router_bias:
+            logits_BTE = logits_BTE + self.router_bias[...].astype(wide)
         bias_E = self.bias[...] if c.bias_update_rate else None
         routing = routers.route(logits_BTE, bias_E, valid_BT, c, ctx.experts(c.top_k))
         load_BE = routers.loads(routing.ids_BTk, c.num_experts)
@@ -101,8 +115,14 @@ class MoE(ChannelMixer):
             return_overflow=True, implementation=self.env.implementation,
         )  # fmt: skip
         if c.shared_experts:
-            y_BTD = y_BTD + self.shared(x_BTD, ctx)[0]
+            y_BTD = y_BTD + self._shared(x_BTD, ctx)
         return y_BTD, self._aux(routing, load_BE, dropped_BTk, overflow, valid_BT)
+
+    def _shared(self, x_BTD, ctx):
+        y_BTD = self.shared(x_BTD, ctx)[0]
+        if not self.config.shared_gate:
+            return y_BTD
+        return y_BTD * jax.nn.sigmoid(jnp.einsum("BTD,D->BT", x_BTD, self.shared_gate[...].astype(x_BTD.dtype)))[..., None]
 
     def _aux(self, routing, load_BE, dropped_BTk, overflow, valid_BT):
         c, load_E = self.config, jnp.sum(load_BE, axis=0)
@@ -124,10 +144,11 @@ class MoE(ChannelMixer):
         D, E, F = env.d_model, config.num_experts, hidden_size(config, env)
         expert = (ACTIVATIONS[config.activation][1] + 1) * D * F
         shared = MLP.cost(_shared_config(config, env), env, seq_len).params if config.shared_experts else 0
+        shared += D * config.shared_gate
         active = D * E + config.top_k * expert + shared
         return Cost(
-            params=D * E + E * expert + shared,
-            active_params=active,
+            params=D * E + E * expert + shared + E * config.router_bias,
+            active_params=active + E * config.router_bias,
             flops=2 * active * seq_len,
             dense_flops=2 * (active + (E - 1) * config.top_k * expert) * seq_len,
             decode_flops=2 * active,
@@ -140,4 +161,4 @@ def capacity(config, seq_len):
 
 
 def _shared_config(config, env):
-    return MLP.Config(hidden=config.shared_experts * hidden_size(config, env), activation=config.activation)
+    return MLP.Config(hidden=config.shared_hidden or config.shared_experts * hidden_size(config, env), activation=config.activation)

@@ -37,11 +37,11 @@ def route(logits_BTE, bias_E, valid_BT, config, given_BTk=None):
     scores_BTE = SCORES[config.router](logits_BTE)
     choice_BTE = scores_BTE if bias_E is None else scores_BTE + jax.lax.stop_gradient(bias_E)
     if config.groups > 1:
-        choice_BTE = _limit_to_groups(choice_BTE, config.groups, config.top_groups)
-    ids_BTk = jax.lax.top_k(choice_BTE, config.top_k)[1]
+        choice_BTE = _limit_to_groups(choice_BTE, config.groups, config.top_groups, GROUP_SCORES[config.group_score])
+    ids_BTk = _largest(choice_BTE, config.top_k)
     if given_BTk is not None:
         ids_BTk = jnp.where(given_BTk < 0, ids_BTk, given_BTk)
-    weights_BTk = jnp.take_along_axis(scores_BTE, ids_BTk, axis=-1)
+    weights_BTk = _at(scores_BTE, ids_BTk)
     if config.normalize_weights:
         weights_BTk = weights_BTk / (jnp.sum(weights_BTk, axis=-1, keepdims=True) + 1e-20)
     weights_BTk = weights_BTk * config.routed_scaling
@@ -49,10 +49,30 @@ def route(logits_BTE, bias_E, valid_BT, config, given_BTk=None):
     return Routing(ids_BTk, jnp.where(valid_BT[..., None], weights_BTk, 0.0), scores_BTE, logits_BTE)
 
 
-def _limit_to_groups(choice_BTE, groups, top_groups):
+def _largest(x_BTE, k):
+    """The ids of the k largest, largest first, of equal ones the lower first, as `jax.lax.top_k`, which on a TPU sorts all of a row."""
+    x_BTE, expert_E, ids = jax.lax.stop_gradient(x_BTE), jnp.arange(x_BTE.shape[-1], dtype=jnp.int32), []
+    for _ in range(k):
+        ids.append(jnp.argmax(x_BTE, axis=-1).astype(jnp.int32))
+        x_BTE = jnp.where(expert_E == ids[-1][..., None], -jnp.inf, x_BTE)
+    return jnp.stack(ids, axis=-1)
+
+
+def _at(x_BTE, ids_BTk):
+    """x[..., ids] as masked sums: a TPU gathers single numbers, and adds their gradients up, one after the other (docs/log.md)."""
+    expert_E = jnp.arange(x_BTE.shape[-1], dtype=jnp.int32)
+    chosen = (jnp.where(expert_E == ids_BTk[..., j, None], x_BTE, 0) for j in range(ids_BTk.shape[-1]))
+    return jnp.stack([jnp.sum(x, axis=-1) for x in chosen], axis=-1)
+
+
+# How many of a group's highest scores add up to its own: DeepSeek-V3 takes two, DeepSeek-V2 one.
+GROUP_SCORES = {"top2": 2, "max": 1}
+
+
+def _limit_to_groups(choice_BTE, groups, top_groups, best):
     B, T, E = choice_BTE.shape
     grouped_BTGe = choice_BTE.reshape(B, T, groups, E // groups)
-    group_score_BTG = jnp.sum(jax.lax.top_k(grouped_BTGe, min(2, E // groups))[0], axis=-1)
+    group_score_BTG = jnp.sum(jax.lax.top_k(grouped_BTGe, min(best, E // groups))[0], axis=-1)
     best_BTg = jax.lax.top_k(group_score_BTG, top_groups)[1]
     allowed_BTG = jnp.sum(jax.nn.one_hot(best_BTg, groups), axis=-2) > 0
     return jnp.where(jnp.repeat(allowed_BTG, E // groups, axis=-1), choice_BTE, -jnp.inf)

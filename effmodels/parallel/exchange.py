@@ -141,11 +141,11 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def take_rows(k, x_ND, index_R, inverse_M):
-    """x[index // k], 0 where the index is -1; [R, D]. inverse_M (M = N k): the r with index[r] = m, or -1.
+    """Row index % N of x, 0 where the index is -1; [R, D]. inverse_M (M = k N): the r with index[r] = m, or -1.
 
     Both directions are gathers: no scatter-add, so gradients repeat bit for bit on every device.
     """
-    return jnp.where(index_R[:, None] >= 0, x_ND[index_R // k], 0)
+    return jnp.where(index_R[:, None] >= 0, x_ND[index_R % x_ND.shape[0]], 0)
 
 
 def _take_rows_fwd(k, x_ND, index_R, inverse_M):
@@ -155,7 +155,41 @@ def _take_rows_fwd(k, x_ND, index_R, inverse_M):
 def _take_rows_bwd(k, residuals, dy_RD):
     index_R, inverse_M = residuals
     dx_MD = take_rows(1, dy_RD, inverse_M, index_R)
-    return jnp.sum(dx_MD.reshape(-1, k, dx_MD.shape[1]), axis=1), None, None
+    return jnp.sum(dx_MD.reshape(k, -1, dx_MD.shape[1]), axis=0), None, None
 
 
 take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread_rows(k, x_ND, order_M, rank_M):
+    """`take_rows` where order is a permutation of all M = k N choices and rank its inverse: no row is missing; [M, D]."""
+    return x_ND[order_M % x_ND.shape[0]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_rows(k, y_MD, order_M, rank_M):
+    """The transpose of `spread_rows`: for every n the sum of its k rows y[rank[n]], y[rank[N + n]], ..., always in that order; [N, D]."""
+    y_kND = y_MD[rank_M].reshape(k, -1, y_MD.shape[1])
+    # Added one by one: a TPU's reduction over a leading dim takes longer.
+    return sum(y_ND.astype(jnp.promote_types(y_ND.dtype, jnp.float32)) for y_ND in y_kND).astype(y_MD.dtype)
+
+
+def _keep_permutation(f):
+    return lambda k, rows, order_M, rank_M: (f(k, rows, order_M, rank_M), (order_M, rank_M))
+
+
+spread_rows.defvjp(_keep_permutation(spread_rows), lambda k, permutation, dy_MD: (sum_rows(k, dy_MD, *permutation), None, None))
+sum_rows.defvjp(_keep_permutation(sum_rows), lambda k, permutation, dx_ND: (spread_rows(k, dx_ND, *permutation), None, None))
+
+
+@jax.custom_vjp
+def permuted(x_M, order_M, rank_M):
+    """x[order], by sorting: a TPU gathers single numbers one after the other, 65,536 of them take 27 times as long (docs/log.md)."""
+    return jax.lax.sort((rank_M, x_M), num_keys=1)[1]
+
+
+permuted.defvjp(
+    lambda x_M, order_M, rank_M: (permuted(x_M, order_M, rank_M), (order_M, rank_M)),
+    lambda permutation, dy_M: (permuted(dy_M, *permutation[::-1]), None, None),
+)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from effmodels.config import ConfigError
-from effmodels.parallel import axes, exchange, ops, options
+from effmodels.parallel import axes, exchange, ops, options, scatter
 from pallas_kernels.target import target
 
 
@@ -36,28 +36,46 @@ def expert_ffn(
         axes.checked_spec(w_out_EFD.shape, dims, mesh=mesh, array="experts")
     if over:
         way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact)
-    names = tuple(f"w{i}" for i in range(len(w_in)))
     # Cast here, so that the sum of their gradients over other shards travels in the compute dtype.
     *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
+    # The input matrices side by side: one product, and one gradient of its rows instead of a sum of several. Columns that are split are
+    # put together where they lie.
+    parts, w_in = len(w_in), w_in if columns else [_joined(w_in)]
+
+    rings = scatter.rings(options.current().gradient_rings, "embed", taken=(*over, *columns))
 
     def local(x, ids, weights, w_out, **inputs):
-        def ffn(rows_RD, group_sizes_e):
+        if rings:
+            w_out = scatter.gathered(w_out, rings, 2)
+            inputs = {n: scatter.gathered(w, rings, 1) for n, w in inputs.items()}
+
+        def ffn(rows_RD, group_sizes_e, weights_R=None):
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
-            kept = (checkpoint_name(matmul(rows_RD, inputs[n]), "expert_mlp") for n in names)
-            return matmul(activation(*kept), w_out)
+            kept = checkpoint_name(matmul(rows_RD, _joined(list(inputs.values()))), "expert_mlp")
+            h_RF = activation(*jnp.split(kept, parts, axis=-1))
+            if weights_R is not None:
+                h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
+            return matmul(h_RF, w_out)
 
         y, overflow = _routed(x, ids, weights, ffn, num_experts, way)
         y = jax.lax.psum(y, columns) if columns else y
         return (y, overflow) if return_overflow else y
 
     rows = ("batch", "seq", None)
-    split, columns_spec = over if way else None, columns or None
+    split, columns_spec, wide = over if way else None, columns or None, tuple(a for ring in rings for a in ring) or None
     arrays = {"x": (x_BTD, rows), "ids": (ids_BTk, rows), "weights": (weights_BTk, rows)}
-    arrays |= {"w_out": (w_out_EFD, PartitionSpec(split, columns_spec, None))}
-    arrays |= {name: (w, PartitionSpec(split, None, columns_spec)) for name, w in zip(names, w_in)}
+    arrays |= {"w_out": (w_out_EFD, PartitionSpec(split, columns_spec, wide))}
+    arrays |= {f"w{i}": (w, PartitionSpec(split, wide, columns_spec)) for i, w in enumerate(w_in)}
     return ops.run_sharded(local, arrays, (rows, ()) if return_overflow else rows)
+
+
+def _joined(matrices):
+    return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices, axis=-1)
+
+
+LANES = 128  # a row that travels fills them
 
 
 class _Way(NamedTuple):
@@ -106,32 +124,44 @@ def _way(over, shape, k, num_experts, capacity, exact):
 
 
 def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way):
-    """(y_BTD, overflow) of one shard; ffn(rows_RD, group_sizes) multiplies rows that are sorted by expert."""
+    """(y_BTD, overflow) of one shard; ffn(rows_RD, group_sizes, weights_R) multiplies rows that are sorted by expert.
+
+    Choice m = j N + n is the j-th of token n: with the k choices outermost, [M, D] splits into k arrays of tokens without a relayout.
+    """
     B, T, D = x_BTD.shape
-    k, x_ND, ids_M = ids_BTk.shape[-1], x_BTD.reshape(B * T, D), ids_BTk.reshape(-1)
+    k, x_ND = ids_BTk.shape[-1], x_BTD.reshape(B * T, D)
+    ids_M, weights_M = (a.reshape(B * T, k).T.reshape(-1) for a in (ids_BTk, weights_BTk))
     order_M = jnp.argsort(ids_M, stable=True)
     rank_M = jnp.argsort(order_M)
-    counts_E = jnp.bincount(ids_M, length=num_experts).astype(jnp.int32)
+    counts_E = jnp.sum(ids_M == jnp.arange(num_experts, dtype=ids_M.dtype)[:, None], axis=1, dtype=jnp.int32)
     overflow = jnp.zeros((), jnp.float32)
     if way is None:
-        y_MD = exchange.take_rows(1, ffn(exchange.take_rows(k, x_ND, order_M, rank_M), counts_E), rank_M, order_M)
-    else:
-        y_MD, lost_M = _exchanged(x_ND, k, ids_M, (order_M, rank_M), counts_E, ffn, way)
-        # A wrong result that looks right is worse than none.
-        y_MD = jnp.where(lost_M[:, None], jnp.nan, y_MD)
-        if way.may_overflow:
-            overflow = jax.lax.psum(jnp.sum(lost_M, dtype=jnp.float32), way.row_axes)
+        # Weighted before the last matrix, so that the backward pass needs none of its products, neither to compute nor to sort back.
+        weights_R = exchange.permuted(weights_M, order_M, rank_M)
+        y_RD = ffn(exchange.spread_rows(k, x_ND, order_M, rank_M), counts_E, weights_R)
+        return exchange.sum_rows(k, y_RD, order_M, rank_M).reshape(B, T, D), overflow
+    y_MD, lost_M = _exchanged(x_ND, weights_M, k, ids_M, (order_M, rank_M), counts_E, ffn, way)
+    # A wrong result that looks right is worse than none.
+    y_MD = jnp.where(lost_M[:, None], jnp.nan, y_MD)
+    if way.may_overflow:
+        overflow = jax.lax.psum(jnp.sum(lost_M, dtype=jnp.float32), way.row_axes)
     # In token order, so that sums are in a fixed order and repeat bit for bit.
-    return jnp.einsum("BTkD,BTk->BTD", y_MD.reshape(B, T, k, D), weights_BTk.astype(y_MD.dtype)), overflow
+    return jnp.sum(y_MD.reshape(k, B, T, D), axis=0), overflow
 
 
-def _exchanged(x_ND, k, ids_M, order, counts_E, ffn, way):
-    """(y_MD, lost_M): each choice's output, computed where its expert is, and which choices were routed but found no room."""
+def _exchanged(x_ND, weights_M, k, ids_M, order, counts_E, ffn, way):
+    """(y_MD, lost_M): each choice's weighted output, computed where its expert is, and which choices were routed but found no room.
+
+    The weights travel too: applied before the last matrix, its products are not made again, and not sent back, for the backward pass.
+    """
     path = exchange.Exchange(way.form, way.rows, exchange.share_counts(counts_E, way.axis), jax.lax.axis_index(way.axis), way.axis)
     choice_S, slot_M = path.send_order(ids_M, *order)
     blocks = path.received()
     index_R, inverse_R = exchange.regroup(blocks, path.total)
     received_RD = path.there(exchange.take_rows(k, x_ND, choice_S, slot_M))
-    y_RD = ffn(exchange.take_rows(1, received_RD, index_R, inverse_R), jnp.sum(blocks[:, :-1], axis=0, dtype=jnp.int32))
+    weights_ML = jnp.broadcast_to(weights_M[:, None], (*weights_M.shape, LANES))
+    weights_RL = exchange.take_rows(1, path.there(exchange.take_rows(1, weights_ML, choice_S, slot_M)), index_R, inverse_R)
+    rows_RD, sizes_e = exchange.take_rows(1, received_RD, index_R, inverse_R), jnp.sum(blocks[:, :-1], axis=0, dtype=jnp.int32)
+    y_RD = ffn(rows_RD, sizes_e, weights_RL[:, 0])
     returned_SD = path.back(exchange.take_rows(1, y_RD, inverse_R, index_R), choice_S.shape[0])
     return exchange.take_rows(1, returned_SD, slot_M, choice_S), (slot_M < 0) & (ids_M < counts_E.shape[0])

@@ -184,3 +184,17 @@ def test_bias_update_balances_to_the_sampling_floor():
 def test_bad_configs_say_what_to_do(fields, message):
     with pytest.raises(ConfigError, match=message):
         MoE.check(MoE.Config(**fields), Env(d_model=8))
+
+
+def test_choice_and_weights_are_those_of_top_k_and_indexing(x64):
+    """Ties go to the lower expert, -inf (another group) is never chosen; the weights' gradient is that of indexing."""
+    scores = np.round(draw(3, 7, 6), 1)
+    scores[0, :, 2:] = -np.inf
+    scores[1, 0] = 0.5
+    ids = routers._largest(jnp.asarray(scores), 2)
+    assert np.array_equal(ids, jax.lax.top_k(jnp.asarray(scores), 2)[1]) and ids.dtype == jnp.int32
+    scores, dy = draw(3, 7, 6), draw(3, 7, 2, seed=1)
+    got, pull = jax.vjp(lambda s: routers._at(s, ids), scores)
+    want, pull_plain = jax.vjp(lambda s: jnp.take_along_axis(s, ids, axis=-1), scores)
+    assert_close("weights", got, want, rel=1e-15)
+    assert_close("gradient of scores", pull(dy)[0], pull_plain(dy)[0], rel=1e-15)

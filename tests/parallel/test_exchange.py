@@ -11,6 +11,7 @@ import pytest
 
 from effmodels.parallel import exchange
 from tests.contract.cases import jit
+from tests.numerics import assert_close
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,22 @@ def test_offsets_bring_every_row_to_its_expert_and_back(form, n):
                 assert np.array_equal(back[slot >= 0], s * 1000 + np.arange(M)[slot >= 0]), "a row comes back to another choice"
                 assert not np.any((ids[s] == n * e) & (slot >= 0)), "a choice that is not routed has a slot"
     assert overflows > 3, "no draw tests the bound"
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_rows_spread_to_choices_and_summed_back_as_plain_indexing(k, x64):
+    """Values and gradients of both directions, and of single numbers put in order by a sort; N and M = k N odd."""
+    rng, N, D = np.random.default_rng(k), 7, 3
+    order = rng.permutation(k * N)
+    rank = np.argsort(order)
+    x, y, w = rng.normal(size=(N, D)), rng.normal(size=(k * N, D)), rng.normal(size=k * N)
+    forms = {
+        "spread": (lambda a: exchange.spread_rows(k, a, order, rank), lambda a: jnp.tile(a, (k, 1))[order], x),
+        "sum": (lambda a: exchange.sum_rows(k, a, order, rank), lambda a: sum(a[rank][j * N : (j + 1) * N] for j in range(k)), y),
+        "permuted": (lambda a: exchange.permuted(a, order, rank), lambda a: a[order], w),
+    }
+    for name, (form, plain, a) in forms.items():
+        (got, pull), (want, pull_plain) = jax.vjp(form, a), jax.vjp(plain, a)
+        cotangent = rng.normal(size=want.shape)
+        assert_close(name, got, want, rel=1e-14)
+        assert_close(f"gradient of {name}", pull(cotangent)[0], pull_plain(cotangent)[0], rel=1e-14)

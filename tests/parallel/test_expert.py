@@ -256,9 +256,11 @@ def test_under_the_stages_of_a_pipeline(x64):
 def test_bytes_of_a_program_compiled_for_v4(form):
     """A layer in a scanned, rematerialised program: forward there and back; backward once more there, and both ways for the gradients.
 
+    The weights of the choices go there twice, too, and their gradient comes back.
+
     Of n x rows x D values that each exchange moves, 1 / n stay on their shard.
     """
-    n, k, length, D, F, layers = 4, 2, 256, 256, 512, 3
+    n, k, length, D, F, layers = 4, 2, 256, 512, 512, 3
     made = topology.mesh("v4", fsdp=2, expert=n)
 
     def loss(x, weights, w_in, w_out, ids):
@@ -281,11 +283,14 @@ def test_bytes_of_a_program_compiled_for_v4(form):
     over_experts = [c for c in found if "expert" in c.axes]
     kind = "all-to-all" if form == "padded" else "ragged-all-to-all"
     assert {c.kind for c in over_experts} == {"all-to-all", kind}, "an all-gather, or a sum of the experts' gradients"
-    buffer, counts = n * exchange.pair_rows(1, length, k, E, n) * D * 2, n * E * 4
-    data = [c for c in over_experts if c.size != counts]
-    assert len(data) == 6 and len(over_experts) == 8 and all(c.group == n and c.times == layers for c in data)
+    room, counts = n * exchange.pair_rows(1, length, k, E, n), n * E * 4
+    travelled = [c for c in over_experts if c.size != counts]
+    assert len(over_experts) == len(travelled) + 2 and all(c.group == n for c in travelled)
     # Of a ragged exchange the program shows the buffers; what travels are the rows that exist, length x k of every shard.
-    assert {c.size for c in data} <= ({buffer} if form == "padded" else {buffer, length * k * D * 2})
+    rows = {room} if form == "padded" else {room, length * k}
+    data, weights = ([c for c in travelled if c.size in {r * row for r in rows}] for row in (D * 2, expert.LANES * 4))
+    assert (len(data), len(weights), len(travelled)) == (5, 3, 8)
+    assert all(c.times == layers for c in data)  # the weights are those of every layer here, and may travel once
 
 
 @pytest.mark.aot
