@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import RMSNorm
 from effmodels.layers.param import param, zeros
-from effmodels.layers.positions import rope_frequencies, rotate
+from effmodels.layers.positions import rope, rope_scaling, rotate
 from effmodels.mixers.base import Cost, TokenMixer, all_valid, visible_pairs
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
@@ -42,12 +43,15 @@ class Attention(TokenMixer):
         num_kv_heads: int | None = None  # None: as many as heads; 1: multi-query
         head_dim: int | None = None  # None: d_model / num_heads
         rope_theta: float = 10_000.0
+        rope_scaling: FrozenDict | None = None  # fields of `layers.positions.RopeScaling`, for rows longer than those of pre-training
         rotary_fraction: float = 1.0  # share of each head that rotates; 0: no positions
         qk_norm: bool = False
+        qk_norm_whole: bool = False  # the norms run over all heads together (OLMoE) instead of over each
         window: int | None = None  # keys before the query, besides itself; None: all
         soft_cap: float | None = None
         sinks: bool = False  # one learned logit per head joins the softmax's denominator
-        bias: bool = False
+        bias: bool = False  # of queries, keys and values
+        out_bias: bool = False
         scale: float | None = None  # None: head_dim^-1/2 (muP: 1/head_dim, tuned at the base width)
 
     @classmethod
@@ -67,6 +71,8 @@ class Attention(TokenMixer):
             raise ConfigError(f"attention: num_heads={n} is not divisible by num_kv_heads={k}; valid: {valid}.")
         if not 0 <= config.rotary_fraction <= 1:
             raise ConfigError(f"attention: expected 0 <= rotary_fraction <= 1, got {config.rotary_fraction}.")
+        if config.rope_scaling is not None:
+            rope_scaling(config.rope_scaling, "attention.rope_scaling")
         if config.window is not None and config.window < 0:
             raise ConfigError(f"attention: expected window >= 0 (keys before the query) or None, got {config.window}.")
         if config.soft_cap is not None and config.soft_cap <= 0:
@@ -84,8 +90,10 @@ class Attention(TokenMixer):
             for name, shape, dims in (("bq", (N, H), "heads"), ("bk", (K, H), "kv_heads"), ("bv", (K, H), "kv_heads")):
                 setattr(self, name, param(zeros, rngs.params(), shape, (dims, "head_dim"), in_dims=(), dtype=env.param_dtype))
         if config.qk_norm:
-            self.q_norm = RMSNorm(H, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype)
-            self.k_norm = RMSNorm(H, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype)
+            sizes = (N * H, K * H) if config.qk_norm_whole else (H, H)
+            self.q_norm, self.k_norm = (RMSNorm(n, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype) for n in sizes)
+        if config.out_bias:
+            self.bo = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
         if config.sinks:
             self.sinks = param(zeros, rngs.params(), (N,), ("heads",), in_dims=(), dtype=env.param_dtype)
 
@@ -125,27 +133,34 @@ class Attention(TokenMixer):
             q_BTNH, k_BTKH, v_BTKH = (a + b[...].astype(a.dtype) for a, b in ((q_BTNH, self.bq), (k_BTKH, self.bk), (v_BTKH, self.bv)))
         q_BTNH = shard(q_BTNH, "batch", "seq", "act_heads", None)
         if c.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        frequencies = rope_frequencies(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta)
+            q_BTNH, k_BTKH = (self._normed(norm, a) for norm, a in ((self.q_norm, q_BTNH), (self.k_norm, k_BTKH)))
+        frequencies, magnitude = rope(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta, c.rope_scaling)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
-        return rotate(q_BTNH, positions_BT, frequencies), rotate(k_BTKH, positions_BT, frequencies), v_BTKH
+        return *(rotate(a, positions_BT, frequencies, magnitude=magnitude) for a in (q_BTNH, k_BTKH)), v_BTKH
 
-    def _attend(self, q, k, v, **where):
+    def _attend(self, q, k, v, **options):
         c = self.config
-        sinks = self.sinks[...] if c.sinks else None
-        return ops.attention(
-            q, k, v, sinks=sinks, is_causal=True, local_window_size=c.window, logits_soft_cap=c.soft_cap,
-            scale=_scale(c, self.env), implementation=self.env.implementation, **where,
-        )  # fmt: skip
+        options = {"sinks": self.sinks[...] if c.sinks else None, "local_window_size": c.window} | options
+        options |= {"logits_soft_cap": c.soft_cap, "scale": _scale(c, self.env), "implementation": self.env.implementation}
+        return ops.attention(q, k, v, is_causal=True, **options)
+
+    def _normed(self, norm, a_BTNH):
+        if not self.config.qk_norm_whole:
+            return norm(a_BTNH)
+        return norm(a_BTNH.reshape(*a_BTNH.shape[:2], -1)).reshape(a_BTNH.shape)
 
     def _output(self, y_BTNH):
-        return shard(dot("BTNH,NHD->BTD", y_BTNH, self.wo), "batch", "res_seq", "act_embed")
+        y_BTD = dot("BTNH,NHD->BTD", y_BTNH, self.wo)
+        if self.config.out_bias:
+            y_BTD = y_BTD + self.bo[...].astype(y_BTD.dtype)
+        return shard(y_BTD, "batch", "res_seq", "act_embed")
 
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         D, N, K, H = env.d_model, config.num_heads, *_kv_heads_and_dim(config, env)
         matrices = D * H * (2 * N + 2 * K)
-        vectors = (N + 2 * K) * H * config.bias + 2 * H * config.qk_norm + N * config.sinks
+        norms = (N + K if config.qk_norm_whole else 2) * H * config.qk_norm
+        vectors = (N + 2 * K) * H * config.bias + D * config.out_bias + norms + N * config.sinks
         per_pair = 4 * N * H
         keys = seq_len + 1 if config.window is None else min(seq_len, config.window) + 1
         return Cost(

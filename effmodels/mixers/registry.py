@@ -3,7 +3,14 @@ from effmodels.registry import load
 
 MIXERS = {
     "attention": "effmodels.mixers.attention:Attention",
+    "lightning": "effmodels.mixers.lightning:Lightning",
+    "local_global": "effmodels.mixers.local_global:LocalGlobal",
+    "cross_attention": "effmodels.mixers.cross_attention:CrossAttention",
+    "gated_delta": "effmodels.mixers.gated_delta:GatedDelta",
+    "latent": "effmodels.mixers.latent:Latent",
     "retention": "effmodels.mixers.retention:Retention",
+    "topk_sparse": "effmodels.mixers.topk_sparse:TopkSparse",
+    "ssd": "effmodels.mixers.ssd:SSD",
 }
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import rms_normalise
-from effmodels.layers.param import param
-from effmodels.layers.positions import halves, retnet_frequencies, rotate
+from effmodels.layers.param import ones, param
+from effmodels.layers.positions import halves, retnet_frequencies, rope_frequencies, rotate
 from effmodels.mixers.base import Cost, TokenMixer, visible_pairs
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
@@ -44,9 +44,12 @@ class Retention(TokenMixer):
         value_dim: int | None = None  # per head; None: twice head_dim, as in the paper
         decay: str | tuple = "torchscale"  # a schedule of DECAYS, or num_heads values of gamma
         rope_theta: float = 10_000.0
+        rotary: str = "retnet"  # pairs (2i, 2i + 1) at the paper's frequencies, or "rope": pairs (i, i + half) at RoPE's, as in fla
         gate: bool = True
+        decay_norm: bool = False  # over sqrt(sum of the row's decays), as torchscale; the head norm undoes it but for its eps
         head_norm: bool = True
         head_norm_eps: float = 1e-6
+        head_norm_scale: bool = False  # a learned scale after it, the same for all heads
         chunk: int | None = None  # tokens per chunk of the chunkwise form; None: the kernel's choice
 
     @classmethod
@@ -64,6 +67,8 @@ class Retention(TokenMixer):
             raise ConfigError(f"retention: d_model={env.d_model} is not divisible by num_heads={n}; valid: {valid}, or set head_dim.")
         if _dims(config, env)[0] % 2:
             raise ConfigError(f"retention: head_dim={_dims(config, env)[0]} must be even, its entries rotate in pairs.")
+        if config.rotary not in ("retnet", "rope"):
+            raise ConfigError(f"retention.rotary: expected 'retnet' or 'rope', got {config.rotary!r}.")
         log_decays(config)
 
     def __init__(self, config, env, *, rngs):
@@ -76,10 +81,11 @@ class Retention(TokenMixer):
         if config.gate:
             self.wg = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
         self.wo = make(rngs.params(), (N, P, D), ("heads", "value_dim", "embed"), in_dims=("heads", "value_dim"))
+        if config.head_norm_scale:
+            self.head_norm_scale = param(ones, rngs.params(), (P,), ("value_dim",), in_dims=(), dtype=env.param_dtype)
 
     def __call__(self, x_BTD, ctx):
-        y_BTNP = self.retain(x_BTD, ctx)
-        return self._output(y_BTNP, x_BTD)
+        return self._output(self.retain(x_BTD, ctx), x_BTD, ctx)
 
     def retain(self, x_BTD, ctx):
         """The retention itself, before head norm and gate: [B, T, N, P]."""
@@ -108,7 +114,7 @@ class Retention(TokenMixer):
             q, k, v, log_decay, initial_state=state.s_BNHP, output_final_state=True, scale=1.0,
             chunk_size=self.config.chunk, implementation=self._kernel(),
         )  # fmt: skip
-        return self._output(y, x_BTD), RetentionState(s.astype(state.s_BNHP.dtype))
+        return self._output(y, x_BTD, ctx), RetentionState(s.astype(state.s_BNHP.dtype))
 
     def step(self, x_BD, ctx, state, active_B=None):
         """The recurrent form, equation 6: S = gamma S + k^T v, y = q S."""
@@ -120,24 +126,35 @@ class Retention(TokenMixer):
         if active_B is not None:
             s_BNHP = jnp.where(active_B[:, None, None, None], s_BNHP, state.s_BNHP)
         y_BNP = jnp.einsum("BNH,BNHP->BNP", q, s_BNHP)
-        return self._output(y_BNP[:, None].astype(x_BD.dtype), x_BTD)[:, 0], RetentionState(s_BNHP)
+        return self._output(y_BNP[:, None].astype(x_BD.dtype), x_BTD, ctx)[:, 0], RetentionState(s_BNHP)
 
     def _project(self, x_BTD, ctx):
         # RetNet rotates the pairs (2i, 2i + 1). Queries and keys in another order of the pairs have the same products.
-        q, k = (dot("BTD,DNH->BTNH", x_BTD, w, arrange=halves) for w in (self.wq, self.wk))
+        retnet = self.config.rotary == "retnet"
+        q, k = (dot("BTD,DNH->BTNH", x_BTD, w, arrange=halves if retnet else None) for w in (self.wq, self.wk))
         v = dot("BTD,DNP->BTNP", x_BTD, self.wv)
         q, v = shard(q, "batch", "seq", "act_heads", None), shard(v, "batch", "seq", "act_heads", None)
-        frequencies = retnet_frequencies(q.shape[-1], self.config.rope_theta)
+        frequencies = (retnet_frequencies if retnet else rope_frequencies)(q.shape[-1], self.config.rope_theta)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
         k = k * k.shape[-1] ** -0.5  # torchscale scales the keys
         return rotate(q, positions_BT, frequencies), rotate(k, positions_BT, frequencies), v
 
-    def _output(self, y_BTNP, x_BTD):
+    def _output(self, y_BTNP, x_BTD, ctx):
+        if self.config.decay_norm:
+            y_BTNP = (y_BTNP * self._decay_norm(x_BTD, ctx)).astype(y_BTNP.dtype)
         if self.config.head_norm:
             y_BTNP = rms_normalise(y_BTNP, self.config.head_norm_eps)
+        if self.config.head_norm_scale:
+            y_BTNP = y_BTNP * self.head_norm_scale[...].astype(y_BTNP.dtype)
         if self.config.gate:
             y_BTNP = y_BTNP * jax.nn.silu(dot("BTD,DNP->BTNP", x_BTD, self.wg))
         return shard(dot("BTNP,NPD->BTD", y_BTNP, self.wo), "batch", "res_seq", "act_embed")
+
+    def _decay_norm(self, x_BTD, ctx):
+        """(sum over m <= position of gamma^m)^-1/2, [B, T, N, 1]."""
+        log_gamma_N = self.log_decay(x_BTD)
+        tokens_BT1 = _position_in_document(ctx, x_BTD.shape[:2])[..., None].astype(log_gamma_N.dtype) + 1
+        return jnp.sqrt(jnp.expm1(log_gamma_N) / jnp.expm1(log_gamma_N * tokens_BT1))[..., None]
 
     def _kernel(self):
         return self.env.implementation
@@ -153,7 +170,7 @@ class Retention(TokenMixer):
         squares = -(-seq_len // chunk) * chunk**2
         state = 4 * N * H * P * (seq_len - chunk)
         return Cost(
-            params=params,
+            params=params + P * config.head_norm_scale,
             flops=projections + 2 * N * (H + P) * pairs + state,
             dense_flops=projections + 2 * N * (H + P) * squares + state + 2 * N * H * P * chunk,  # the first chunk reads zeros
             decode_flops=2 * params + 4 * N * H * P,
@@ -181,6 +198,17 @@ def log_decays(config):
     if gammas.shape != (config.num_heads,) or not np.all((gammas > 0) & (gammas <= 1)):
         raise ConfigError(f"retention.decay: expected {config.num_heads} numbers in (0, 1], got {config.decay!r}.")
     return np.log(gammas)
+
+
+def _position_in_document(ctx, shape):
+    """positions_BT where given, else the number of tokens before in the same run of equal segment ids."""
+    if ctx.positions_BT is not None or ctx.segment_ids_BT is None:
+        return ctx.rotary_positions(*shape)
+    if ctx.layout != "contiguous":
+        raise ConfigError(f"retention.decay_norm: packed rows in the layout {ctx.layout!r} need positions_BT.")
+    t_BT, ids_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape), ctx.segment_ids_BT
+    begins_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return t_BT - jax.lax.cummax(jnp.where(begins_BT, t_BT, 0), axis=1)
 
 
 def _dims(config, env):

@@ -16,8 +16,9 @@ from effmodels.layers import head
 from effmodels.layers.context import Ctx, dropout
 from effmodels.layers.norms import NORMS
 from effmodels.layers.param import param
-from effmodels.models import staged
-from effmodels.models.blocks import Segment, segments
+from effmodels.models import memory as memories
+from effmodels.models import sharing, staged
+from effmodels.models.blocks import Segment, lent, segments
 from effmodels.models.resolve import resolve
 from effmodels.parallel import layouts, ops, options
 from effmodels.parallel.axes import shard, shards
@@ -60,11 +61,12 @@ class LossOut:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The mixers' states by segment and place, the number of valid tokens of each row, and how many fit."""
+    """The mixers' states by segment and place, the number of valid tokens of each row, how many fit, and a memory no layer has seen yet."""
 
     layers: Any
     length_B: Any
     max_len: int = dataclasses.field(metadata={"static": True})
+    memory: Any = dataclasses.field(default_factory=dict)
 
 
 class Decoder(nnx.Module):
@@ -80,17 +82,25 @@ class Decoder(nnx.Module):
             self.head = param(
                 jax.random.normal, rngs.params(), (c.d_model, c.vocab_size), ("embed", "vocab"), in_dims=("embed",), dtype=c.param_dtype
             )  # fmt: skip
+        if c.learned_positions:
+            self.positions = param(
+                jax.random.normal, rngs.params(), (c.learned_positions, c.d_model), (None, "embed"), in_dims=("embed",), dtype=c.param_dtype
+            )  # fmt: skip
         self.final_norm = NORMS[c.norm](c.d_model, rngs=rngs, eps=c.norm_eps, param_dtype=c.param_dtype)
         layer_key = rngs.params()
-        self.segments = nnx.List([Segment(run, self.resolved, layer_key) for run in segments(self.resolved.layers, c.scan_layers)])
+        runs = segments(self.resolved.layers, c.scan_layers)
+        held, sources = sharing.sources(runs, self.resolved.layers)
+        self.segments = nnx.List([Segment(run, self.resolved, layer_key, chosen) for run, chosen in zip(runs, sources)])
+        self.shared = nnx.List([lent(self.resolved, layer_key, owner, parts) for owner, parts in held])
 
-    def __call__(self, tokens_BT, segment_ids=None, positions=None):
-        """float32 logits [B, T, V]."""
+    def __call__(self, tokens_BT, segment_ids=None, positions=None, memory=None):
+        """float32 logits [B, T, V]; memory: {name: Memory} for layers that attend to one."""
         layout, pieces = _layout(), shards("seq")
         tokens_BT, segment_ids, positions = (
             None if a is None else layouts.to_layout(a, layout, pieces) for a in (tokens_BT, segment_ids, positions)
         )
-        hidden_BTD, _ = self.hidden(tokens_BT, segment_ids_BT=segment_ids, positions_BT=positions, mode="eval")
+        memory = memories.checked(memory, self.resolved)
+        hidden_BTD, _ = self.hidden(tokens_BT, segment_ids_BT=segment_ids, positions_BT=positions, memory=memory, mode="eval")
         return layouts.from_layout(self.logits(hidden_BTD), layout, pieces)
 
     def hidden(self, tokens_BT, **ctx_fields):
@@ -106,7 +116,7 @@ class Decoder(nnx.Module):
         x_BTD = self._embed(tokens_BT, ctx)
         auxes = []
         for segment in self.segments:
-            x_BTD, aux = segment(x_BTD, ctx)
+            x_BTD, aux = segment(x_BTD, ctx, self.shared)
             auxes.append(aux)
         return self.final_norm(x_BTD), _gather_aux(auxes, self.segments)
 
@@ -121,7 +131,7 @@ class Decoder(nnx.Module):
         """The one loss of train, plan, verify and compare: `LossOut` of a batch {tokens, targets, weights, segment_ids, positions} [B, T].
 
         weights, segment_ids and positions may be absent. Logits are never built. key: None for no dropout.
-        `experts` [B, T, L, k], too, may be there: see `Ctx`.
+        `experts` [B, T, L, k], too, may be there: see `Ctx`; and source_x, source_segment_ids, source_index: see `models.memory`.
         Over the stages of a pipeline the batch may be micro-batches [M, B, T] with keys [M]: every entry of the result is then their sum.
         """
         batch = {name.removesuffix("_BT"): value for name, value in batch.items()}
@@ -131,7 +141,7 @@ class Decoder(nnx.Module):
             return self._staged_loss(batch, key, mode)
         hidden_BTD, aux = self.hidden(
             batch["tokens"], segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode,
-            experts_BTLk=batch.get("experts"),
+            experts_BTLk=batch.get("experts"), memory=memories.of_batch(batch, self.resolved),
         )  # fmt: skip
         ce_sum, weight_sum, losses = self._head_loss(hidden_BTD, batch["targets"], batch["weights"])
         aux.losses.update(losses)
@@ -159,7 +169,7 @@ class Decoder(nnx.Module):
             key = None if key is None else key[None]
         static = {"mode": mode, "layout": _layout()}
         fields = {"segment_ids_BT": batch.get("segment_ids"), "positions_BT": batch.get("positions"), "key": key}
-        fields["experts_BTLk"] = batch.get("experts")
+        fields |= {"experts_BTLk": batch.get("experts"), "memory": memories.of_batch(batch, self.resolved)}
 
         def tail(x_BTD, ctx, targets_BT, weights_BT):
             return self._head_loss(self.final_norm(x_BTD), targets_BT, weights_BT)
@@ -181,11 +191,11 @@ class Decoder(nnx.Module):
 
     def init_state(self, batch, max_len, dtype=None, memory=None):
         """The empty decoding state of `batch` sequences of up to max_len tokens; dtype of caches (default: the compute dtype)."""
-        if memory is not None:
+        if memory is not None and not memories.readers(self.resolved):
             raise NotImplementedError("Decoder.init_state: no mixer of this model attends to a memory; leave memory=None.")
         dtype = self.config.compute_dtype if dtype is None else dtype
         layers = tuple(segment.init_state(batch, max_len, dtype) for segment in self.segments)
-        return DecodeState(layers, jnp.zeros((batch,), jnp.int32), max_len)
+        return DecodeState(layers, jnp.zeros((batch,), jnp.int32), max_len, memories.checked(memory, self.resolved))
 
     def prefill(self, tokens_BT, state, valid_BT=None, positions_BT=None, last_only=False):
         """(logits_BTV, state) after T more tokens, any T, callable again; with last_only logits_BV of each row's last valid token.
@@ -197,7 +207,7 @@ class Decoder(nnx.Module):
         valid = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
         before_BT = state.length_B[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
         self._check_room(state, T if valid_BT is None else jnp.sum(valid, axis=1))
-        ctx = self._decode_ctx(before_BT, valid, positions_BT, "prefill")
+        ctx = dataclasses.replace(self._decode_ctx(before_BT, valid, positions_BT, "prefill"), memory=state.memory)
         x_BTD, layers = self._decode(self._embed(tokens_BT, ctx), ctx, state, lambda b, x, c, s: b.prefill(x, c, s, valid_BT))
         state = DecodeState(layers, state.length_B + jnp.sum(valid, axis=1, dtype=jnp.int32), state.max_len)
         if last_only:
@@ -208,6 +218,8 @@ class Decoder(nnx.Module):
     def step(self, tokens_B, state, active_B=None):
         """(logits_BV, state) after one more token; rows that are not active keep their state."""
         _check_whole_rows()
+        if state.memory:
+            raise ValueError("Decoder.step: the state's memory has not been read yet; prefill at least one token first.")
         self._check_room(state, 1 if active_B is None else active_B)
         active = jnp.ones(tokens_B.shape, bool) if active_B is None else active_B
         ctx = self._decode_ctx(state.length_B[:, None], active[:, None], None, "step")
@@ -230,13 +242,22 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BT, ctx):
         x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype) * self.config.embed_scale
+        if self.config.learned_positions:
+            x_BTD = x_BTD + self._positions(ctx, tokens_BT.shape).astype(x_BTD.dtype)
         key = ctx.at_layer(-1).key_for(DROPOUT_EMBED)
         return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, key, ctx.layout)
+
+    def _positions(self, ctx, shape):
+        """Rows of the learned table; NaN past its end, so that what is too long inside jit cannot pass for a result."""
+        rows = self.config.learned_positions
+        if shape[1] > rows:
+            raise ConfigError(f"model.learned_positions={rows}: a row of {shape[1]} tokens is longer.")
+        return jnp.take(self.positions[...], ctx.rotary_positions(*shape), axis=0, mode="fill", fill_value=jnp.nan)
 
     def _decode(self, x, ctx, state, call):
         layers = []
         for segment, old in zip(self.segments, state.layers):
-            x, new = segment.decode(x, ctx, old, call)
+            x, new = segment.decode(x, ctx, old, call, self.shared)
             layers.append(new)
         return x, tuple(layers)
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from effmodels.config import ConfigError, nearest
-from effmodels.parallel import options
+from effmodels.parallel import options, torus
 
 # Slowest-varying first: tensor neighbours sit closest in the interconnect, stages and data replicas farthest.
 MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
@@ -18,7 +18,9 @@ MESH_AXES = ("stage", "data", "fsdp", "expert", "seq", "tensor")
 ACTIVATION_DIMS = (
     "batch", "seq", "res_seq", "kv_seq", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_expert", "tokens",
 )  # fmt: skip
-PARAMETER_DIMS = ("embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm")
+PARAMETER_DIMS = (
+    "embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm", "rank",
+)  # fmt: skip
 DIMS = ACTIVATION_DIMS + PARAMETER_DIMS
 
 DEFAULT_RULES = {
@@ -98,7 +100,7 @@ def _dims_named(dims):
 def use(mesh, rules=None, parallel=None):
     """Inside, `shard` and `parallel.ops` place arrays on `mesh` by `rules` (default: DEFAULT_RULES), run as `parallel` (Options) says."""
     rules = rules if isinstance(rules, tuple) else make_rules(rules)
-    with jax.set_mesh(mesh), _RULES(rules), options.use(parallel):
+    with jax.set_mesh(mesh), _RULES(rules), options.use(parallel), torus.use(mesh):
         yield mesh
 
 

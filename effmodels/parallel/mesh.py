@@ -1,4 +1,5 @@
 """Meshes: named axis sizes to a device mesh, in one place, with Auto axes."""
+import functools
 import math
 
 import jax
@@ -72,20 +73,16 @@ def _placed(shape, devices):
     """Devices in an array of this shape, neighbours of an axis near each other in the torus; an axis may take a part of a physical dim."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except ValueError:  # jax 0.10 and 0.12 cannot split dims such as 12 x 16 x 20 into 15 x 32 x 8
+    except (ValueError, TypeError):  # jax 0.10 and 0.12 cannot split dims such as 12 x 16 x 20 into 15 x 32 x 8; of more axes it dies
         return _split(shape, devices)
 
 
 def _split(shape, devices):
-    """`_placed` for any torus: the fastest axis first takes, prime by prime, from the dim where it has most already, else the largest."""
+    """`_placed` for any torus: every axis in as few dims as possible, the fastest axis first choosing those where it has most."""
     where = [(*d.coords, getattr(d, "core_on_chip", 0)) for d in devices]
-    torus = [max(c) + 1 for c in zip(*where)]
-    left, parts = list(torus), {}  # (dim, axis) -> factor
-    for axis in reversed(range(len(shape))):
-        for prime in _primes(shape[axis]):
-            dims = [k for k, n in enumerate(left) if n % prime == 0]
-            k = max(dims, key=lambda k, axis=axis: (parts.get((k, axis), 1), left[k]))
-            parts[k, axis], left[k] = parts.get((k, axis), 1) * prime, left[k] // prime
+    torus = tuple(max(c) + 1 for c in zip(*where))
+    shares = _shares(tuple(shape), torus)
+    parts = {(k, axis): n for axis, share in enumerate(shares) for k, n in enumerate(share) if n > 1}
     order = sorted(parts)  # of each dim the slowest axis is outermost
     grid = np.empty(torus, object)
     for device, at in zip(devices, where):
@@ -94,12 +91,29 @@ def _split(shape, devices):
     return grid.reshape([parts[key] for key in order]).transpose(by_axis).reshape(shape)
 
 
-def _primes(n):
-    found = []
-    while n > 1:
-        found.append(next(p for p in range(2, n + 1) if n % p == 0))
-        n //= found[-1]
-    return found[::-1]
+@functools.cache
+def _shares(shape, torus):
+    """Of every axis its factor in every dim of the torus; the products over the axes are the torus. None if there are none."""
+    if not shape:
+        return () if math.prod(torus) == 1 else None
+    best = None
+    for share in sorted(_factors(shape[-1], torus), reverse=True, key=lambda share: sorted(share, reverse=True)):
+        rest = _shares(shape[:-1], tuple(n // f for n, f in zip(torus, share)))
+        if rest is not None and (best is None or _dims_used((*rest, share)) < _dims_used(best)):
+            best = (*rest, share)
+    return best
+
+
+def _dims_used(shares):
+    return sum(n > 1 for share in shares for n in share)
+
+
+def _factors(size, torus):
+    """Every way to take `size` chips as a product over the dims."""
+    if not torus:
+        return [()] if size == 1 else []
+    divisors = [n for n in range(1, min(size, torus[0]) + 1) if size % n == 0 and torus[0] % n == 0]
+    return [(n, *rest) for n in divisors for rest in _factors(size // n, torus[1:])]
 
 
 def across_slices(shape, slices):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from effmodels.config import ConfigError
-from effmodels.parallel import axes, layouts, options, ring, state_passing, ulysses
+from effmodels.parallel import axes, layouts, options, ring, state_passing, torus, ulysses, weight_ring
 
 
 def run_sharded(f, arrays, out_dims):
@@ -61,9 +61,11 @@ def _pieces(mesh_axes):
 
 
 def attention(
-    q_BTNH, k_BSKH, v_BSKP, *, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, sinks=None, **attention_options
+    q_BTNH, k_BSKH, v_BSKP, *, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None, sinks=None,
+    return_residual=False, **attention_options,
 ):  # fmt: skip
-    """`pallas_kernels.flash_attention` with batch, heads and time split by the rules; [B, T, N, P] in q's dtype.
+    """`pallas_kernels.flash_attention` with batch, heads and time split by the rules; [B, T, N, P] in q's dtype, and the logsumexp
+    [B, T, N] if asked for the residual: results over disjoint sets of keys are joined by `ring.joined`.
 
     Where the tensor axis does not divide the kv heads (with rules.kv_heads=none), they are repeated until it does. Over a split sequence
     the form of `parallel.attention` runs: a ring, all keys gathered, or an exchange of heads. No positions: those of the layout in force.
@@ -78,6 +80,7 @@ def attention(
         kv_positions = positions if k_BSKH.shape[1] == q_BTNH.shape[1] else layout_positions(k_BSKH)
 
     def kernel(q, k, v, **rest):
+        rest |= {"return_residual": return_residual}
         if form in SPLIT_TIME_ATTENTION:
             return SPLIT_TIME_ATTENTION[form](q, k, v, axis=seq_axes(), layout=options.current().layout, **rest, **attention_options)
         return pallas_kernels.flash_attention(q, k, v, **rest, **attention_options)
@@ -98,7 +101,7 @@ def attention(
         "segment_ids": (segment_ids, rows), "kv_segment_ids": (kv_segment_ids, key_rows),
         "positions": (positions, rows), "kv_positions": (kv_positions, key_rows),
     }  # fmt: skip
-    return run_sharded(kernel, arrays, heads)
+    return run_sharded(kernel, arrays, (heads, heads[:3]) if return_residual else heads)
 
 
 def layout_positions(x_BT):
@@ -135,6 +138,38 @@ def retention(q_BTNH, k_BTNH, v_BTNP, log_decay, *, initial_state=None, segment_
         "initial_state": (initial_state, state), "segment_ids": (segment_ids, ("batch", "seq")),
     }  # fmt: skip
     return run_sharded(kernel, arrays, (heads, state) if output_final_state else heads)
+
+
+def project(spec, x, w, dim_names, dtype=None):
+    """einsum(spec, x, w) of rows x[batch(, time), in] and a weight w[in, out] with these dim names (None: not known), in `dtype` or x's.
+
+    With `parallel.gradient_sum=ring` the gradient of a weight that is split over axes which also split the rows is summed by
+    `weight_ring`; of other weights, and of other einsums, the compiler sums it.
+    """
+    if options.current().gradient_sum == "ring" and dim_names and weight_ring.placed(spec, dim_names):
+        return _project(spec, tuple(dim_names), dtype, x, w)
+    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(spec, dim_names, dtype, x, w):
+    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
+
+
+def _project_fwd(spec, dim_names, dtype, x, w):
+    return _project(spec, dim_names, dtype, x, w), (x, w)
+
+
+def _project_bwd(spec, dim_names, dtype, residuals, dy):
+    x, w = residuals
+    (dx,) = jax.vjp(lambda x: jnp.einsum(spec, x, w, preferred_element_type=dtype), x)[1](dy)
+    mesh, place = axes.current_mesh(), weight_ring.placed(spec, dim_names)
+    axes.checked_spec(w.shape, dim_names, mesh=mesh, array="weight")
+    gradient = functools.partial(weight_ring.gradient, place, dims=torus.rings(place.scattered, mesh.shape))
+    return dx, _manual(gradient, mesh, (place.x_spec, place.y_spec), place.w_spec)(x, dy).astype(w.dtype)
+
+
+_project.defvjp(_project_fwd, _project_bwd)
 
 
 def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, **options):

@@ -24,8 +24,9 @@ from pallas_kernels.kept import kept
 
 
 def attend(q_BTNH, k_BSKH, v_BSKP, *, axis, layout, sinks=None, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None,
-           is_causal=True, local_window_size=None, global_tokens=0, **options):  # fmt: skip
-    """`pallas_kernels.flash_attention` of the local queries [B, T, N, H] with the keys of all shards, inside `shard_map`; [B, T, N, P].
+           is_causal=True, local_window_size=None, global_tokens=0, return_residual=False, **options):  # fmt: skip
+    """`pallas_kernels.flash_attention` of the local queries [B, T, N, H] with the keys of all shards, inside `shard_map`; [B, T, N, P],
+    with the logsumexp [B, T, N] if asked for the residual.
 
     Args:
       axis: the mesh axes that split time, as a tuple of names.
@@ -48,7 +49,8 @@ def attend(q_BTNH, k_BSKH, v_BSKP, *, axis, layout, sinks=None, segment_ids=None
     rows = {"segment_ids": segment_ids, "positions": positions}
     keys = {"kv_segment_ids": kv_segment_ids, "kv_positions": kv_positions}
     present = lambda x: {name: a for name, a in x.items() if a is not None}  # noqa: E731
-    return _attend(ring, q_BTNH, k_BSKH, v_BSKP, sinks, present(rows), present(keys))
+    out_BTNP, lse_BTN = _attend(ring, q_BTNH, k_BSKH, v_BSKP, sinks, present(rows), present(keys))
+    return (out_BTNP, lse_BTN) if return_residual else out_BTNP
 
 
 def _shifts(layout, n, T, S, placed, is_causal, local_window_size):
@@ -124,18 +126,19 @@ def _places(layout, n, c, shard):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring, q_BTNH, k_BSKH, v_BSKP, sinks_N, rows, ids):
-    return _forward(ring, q_BTNH, (k_BSKH, v_BSKP, ids), sinks_N, rows)[0]
+    return _forward(ring, q_BTNH, (k_BSKH, v_BSKP, ids), sinks_N, rows)
 
 
 def _attend_fwd(ring, q_BTNH, k_BSKH, v_BSKP, sinks_N, rows, ids):
     keys = k_BSKH, v_BSKP, ids
     out_BTNP, lse_BTN = kept(_forward(ring, q_BTNH, keys, sinks_N, rows))
-    return out_BTNP, (q_BTNH, keys, sinks_N, rows, out_BTNP, lse_BTN)
+    return (out_BTNP, lse_BTN), (q_BTNH, keys, sinks_N, rows, out_BTNP, lse_BTN)
 
 
-def _attend_bwd(ring, residuals, d_out_BTNP):
+def _attend_bwd(ring, residuals, d_results):
     q_BTNH, keys, sinks_N, rows, out_BTNP, lse_BTN = residuals
-    delta_BTN = (out_BTNP.astype(lse_BTN.dtype) * d_out_BTNP.astype(lse_BTN.dtype)).sum(-1)
+    d_out_BTNP, d_lse_BTN = d_results
+    delta_BTN = (out_BTNP.astype(lse_BTN.dtype) * d_out_BTNP.astype(lse_BTN.dtype)).sum(-1) - d_lse_BTN
     k, v, ids = keys
     dq, (dk, dv) = _backward(ring, q_BTNH, (_flat(k), _flat(v), ids), rows, (lse_BTN, delta_BTN, d_out_BTNP))
     d_sinks_N = None
@@ -163,7 +166,7 @@ def _forward(ring, q_BTNH, keys, sinks_N, rows):
         keys, total = carry
         # The total waits too: it is joined beside the kernel of the next block, and no two blocks are alive after that.
         (keys, part), total = _together(block(keys, shift, hop), total)
-        return keys, _joined(total, part)
+        return keys, joined(total, part)
 
     carry = block(keys, shifts[0], hops[0] if hops else None)
     if hops:
@@ -223,7 +226,7 @@ def _flat(x_BTNH):
 # Partial results.
 
 
-def _joined(one, other):
+def joined(one, other):
     """(out, logsumexp) over the keys of both; a row that saw nothing on one side, or on both, is exact."""
     (out_a, lse_a), (out_b, lse_b) = one, other
     most = jnp.maximum(lse_a, lse_b)

@@ -12,7 +12,8 @@ from effmodels.config import ConfigError
 
 def attend(q_BTNH, k_BTKH, v_BTKP, *, axis, layout, sinks=None, segment_ids=None, kv_segment_ids=None, positions=None, kv_positions=None,
            **options):  # fmt: skip
-    """`pallas_kernels.flash_attention` of the local queries with the keys of all shards, inside `shard_map`; [B, T, N, P].
+    """`pallas_kernels.flash_attention` of the local queries with the keys of all shards, inside `shard_map`; [B, T, N, P],
+    with the logsumexp [B, T, N] if asked for the residual.
 
     Between the two exchanges all tokens are in the order of the row, so that without `positions` (None: those of the layout) the kernel
     knows its mask when it is compiled. kv heads that the shards do not divide are repeated until they do.
@@ -34,8 +35,8 @@ def attend(q_BTNH, k_BTKH, v_BTKP, *, axis, layout, sinks=None, segment_ids=None
     ids = {name: _in_order(jax.lax.all_gather(x, axis, axis=1, tiled=True), layout, n) for name, x in ids.items() if x is not None}
     if sinks is not None:
         ids["sinks"] = jax.lax.dynamic_slice_in_dim(sinks, jax.lax.axis_index(axis) * (heads // n), heads // n)
-    out = pallas_kernels.flash_attention(q, k, v, **ids, **options)
-    return jax.lax.all_to_all(_in_layout(out, layout, n), axis, 1, 2, tiled=True)
+    results = pallas_kernels.flash_attention(q, k, v, **ids, **options)
+    return jax.tree.map(lambda x: jax.lax.all_to_all(_in_layout(x, layout, n), axis, 1, 2, tiled=True), results)
 
 
 def _in_order(x_BT, layout, n):

@@ -13,11 +13,20 @@ from flax import nnx
 
 from effmodels.channel.registry import CHANNELS
 from effmodels.config import ModelConfig
-from effmodels.mixers.registry import MIXERS
 from effmodels.models import Decoder, cost
 from effmodels.models import state as model_state
 from effmodels.parallel import axes, mesh
-from tests.contract.cases import CHANNEL_CASES, MIXER_CASES, all_kinds_config, fill, jit, loss_and_grads, packed_batch
+from tests.contract.cases import (
+    CHANNEL_CASES,
+    FLOPS_IMPLEMENTATION,
+    MIXER_CASES,
+    MIXERS,
+    all_kinds_config,
+    fill,
+    jit,
+    loss_and_grads,
+    packed_batch,
+)  # fmt: skip
 from tests.numerics import assert_close, assert_trees_close
 
 DROPOUT_SEED = 3
@@ -161,8 +170,6 @@ def test_state_bytes_are_those_of_the_state(max_len):
         assert actual == 3 * cost(config, max_len).decode_state_bytes
 
 
-# A kernel whose slow twin is a scan, which the compiler's count sees once, is counted in another implementation without loops.
-FLOPS_IMPLEMENTATION = {"retention": "xla"}
 FLOPS_CASES = [
     ("attention", {"num_heads": 4}, "mlp", {}),
     ("attention", {"num_heads": 4, "num_kv_heads": 2, "window": 8, "bias": True}, "mlp", {"activation": "gelu"}),

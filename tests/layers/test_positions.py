@@ -1,7 +1,10 @@
 """Rotations against complex numbers: a pair (a, b) is a + ib, and position t multiplies it by exp(i t frequency)."""
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effmodels.layers import positions
 from effmodels.layers.positions import halves, retnet_frequencies, rope_frequencies, rotate
 from tests.numerics import assert_close
 
@@ -57,3 +60,22 @@ def test_bfloat16_inputs_keep_exact_positions():
 def test_no_frequencies_leave_x_alone():
     x = np.ones((1, 2, 1, 3), np.float32)
     assert rotate(x, np.zeros((1, 2)), np.zeros(0)) is x
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1.25])
+def test_rotation_by_a_product_is_that_by_slices(magnitude, monkeypatch):
+    """What a TPU runs in bfloat16, and its gradient: a product with 0, 1 and -1 rounds nothing."""
+    x, dy = (jnp.asarray(np.random.default_rng(i).normal(size=(2, 5, 3, 10)), jnp.bfloat16) for i in range(2))
+
+    def run():
+        def form(x):
+            return rotate(x, POSITIONS, retnet_frequencies(10, 10_000.0), magnitude=magnitude)
+
+        return jax.jit(lambda x, dy: (form(x), jax.vjp(form, x)[1](dy)[0]))(x, dy)
+
+    want = run()
+    monkeypatch.setattr(positions, "on_tpu", lambda: True)
+    for got, slices in zip(run(), want):
+        # A fused multiply-add may round a float32 once less before the rounding to bfloat16.
+        assert_close("rotated", np.asarray(got, np.float64), np.asarray(slices, np.float64), rel=1e-4)
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, POSITIONS, retnet_frequencies(10, 1e4)))(x))

@@ -63,7 +63,8 @@ class Chip:
 
 
 @pytest.mark.parametrize(
-    "torus, shape", [((6, 4, 10), (15, 2, 8)), ((4, 4, 4), (2, 4, 8)), ((2, 2, 1), (1, 4)), ((12, 16, 20), (15, 32, 8))]
+    "torus, shape",
+    [((6, 4, 10), (15, 2, 8)), ((4, 4, 4), (2, 4, 8)), ((2, 2, 1), (1, 4)), ((12, 16, 20), (15, 32, 8)), ((12, 16, 20), (15, 2, 16, 8))],
 )
 def test_every_chip_has_one_place_whatever_the_torus(torus, shape):
     chips = [Chip(x, y, z) for x in range(torus[0]) for y in range(torus[1]) for z in range(torus[2])]
@@ -73,6 +74,13 @@ def test_every_chip_has_one_place_whatever_the_torus(torus, shape):
     group = made[(0,) * (len(shape) - 1)]
     extents = [len({c.coords[k] for c in group}) for k in range(3)]
     assert math.prod(extents) == shape[-1]
+
+
+def test_every_axis_lies_in_as_few_dims_as_possible():
+    """15 stages take 3 of 12 and 5 of 20, which leaves 4 x 16 x 4 for 2 x 16 x 8; taking the largest dim first cut two axes more."""
+    shares = mesh._shares((15, 2, 16, 8), (12, 16, 20))
+    assert shares == ((3, 1, 5), (1, 2, 1), (4, 1, 4), (1, 8, 1))
+    assert mesh._shares((7, 2), (4, 4)) is None
 
 
 def test_all_axes_are_there_and_auto():
