@@ -99,12 +99,14 @@ class ModelConfig:
     suffix: tuple = ()
     mixers: FrozenDict = FrozenDict()
     channels: FrozenDict = FrozenDict()
+    sharing: FrozenDict = FrozenDict()  # layers that use the same weights: see models.sharing
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_position: str = "pre"
     residual: str = "serial"
     tie_embeddings: bool = False
     embed_scale: float = 1.0  # multiplies the embedding on the way in; sqrt(d_model) gives a residual stream of size one
+    learned_positions: int = 0  # rows of a learned table that is added to the embedding (GPT-2); no row can be longer. 0: none
     logits_soft_cap: float | None = None
     z_loss: float = 0.0
     dropout: float = 0.0
@@ -117,7 +119,7 @@ class ModelConfig:
 
     def __post_init__(self):
         # A direct ModelConfig(mixers={...}, pattern=[...]) is as hashable as one from a file.
-        for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels"):
+        for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels", "sharing"):
             value = plain(getattr(self, field))
             object.__setattr__(self, field, (value,) if isinstance(value, str) else value)
         _check_remat(self.remat)
@@ -130,6 +132,8 @@ class ModelConfig:
         for field in ("pattern", "channel"):
             if not getattr(self, field):
                 raise ConfigError(f"model.{field}: expected at least one name, got {getattr(self, field)!r}.")
+        if self.learned_positions < 0:
+            raise ConfigError(f"model.learned_positions: expected a number of positions, or 0 for none, got {self.learned_positions}.")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
             raise ConfigError(f"model.logits_soft_cap: expected a positive number or None, got {self.logits_soft_cap}.")
         if not 0.0 <= self.dropout < 1.0:

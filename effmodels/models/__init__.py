@@ -2,6 +2,7 @@
 from effmodels.config import ModelConfig
 from effmodels.models.cost import ModelCost, cost
 from effmodels.models.decoder import Decoder
+from effmodels.models.recursive import recursive
 from effmodels.models.resolve import resolve
 
-__all__ = ["Decoder", "ModelConfig", "ModelCost", "cost", "resolve"]
+__all__ = ["Decoder", "ModelConfig", "ModelCost", "cost", "recursive", "resolve"]

@@ -11,6 +11,7 @@ from flax import nnx
 
 from effmodels.layers.context import dropout
 from effmodels.layers.norms import NORMS
+from effmodels.models import sharing
 from effmodels.parallel import pipeline, stack
 
 DROPOUT_MIXER, DROPOUT_CHANNEL = 0, 1  # sites of Ctx.key_for
@@ -83,6 +84,10 @@ class Run:
     kinds: tuple
     repeats: int
 
+    @property
+    def period(self):
+        return len(self.kinds)
+
 
 def segments(kinds, scan_layers=True):
     """All layers as maximal (period, repeats) runs, greedily from the first layer: at each place the period that covers most layers.
@@ -105,14 +110,19 @@ def segments(kinds, scan_layers=True):
 
 
 class Segment(nnx.Module):
-    """One run of layers; with repeats > 1 its blocks are stacked and scanned."""
+    """One run of layers; with repeats > 1 its blocks are stacked and scanned. sources: whose weights its places use (`sharing.sources`)."""
 
-    def __init__(self, run, resolved, key):
+    def __init__(self, run, resolved, key, sources):
         self.start, self.repeats, self.period = run.start, run.repeats, len(run.kinds)
-        self.remat = resolved.config.remat
+        self.remat, self.sources = resolved.config.remat, sources
+        rank, dtype = sharing.check(resolved.config.sharing).rank, resolved.config.param_dtype
 
-        def block_of(kind):
-            return lambda layer_key: Block(kind, resolved, rngs=nnx.Rngs(layer_key))
+        def block_of(kind, place):
+            def build(layer_key):
+                rngs = nnx.Rngs(layer_key)
+                return sharing.keep_own(Block(kind, resolved, rngs=rngs), place, sources[place], rank, rngs=rngs, param_dtype=dtype)
+
+            return build
 
         def layer_key(layer):
             return jax.random.fold_in(key, layer)
@@ -120,19 +130,23 @@ class Segment(nnx.Module):
         blocks = []
         for p, kind in enumerate(run.kinds):
             layers = run.start + p + self.period * jnp.arange(run.repeats)
-            build = block_of(kind)
+            build = block_of(kind, p)
             blocks.append(build(layer_key(layers[0])) if run.repeats == 1 else stack.stack(build, jax.vmap(layer_key)(layers)))
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x_BTD, ctx):
-        """(y_BTD, tuple over the period of LayerAux or None; with repeats > 1 their leaves have a leading dim R)."""
+    def __call__(self, x_BTD, ctx, shared):
+        """(y_BTD, tuple over the period of LayerAux or None; with repeats > 1 their leaves have a leading dim R).
+
+        shared: what the model holds for layers that share weights.
+        """
+        period = functools.partial(_period, ctx, self.sources)
         if self.repeats == 1:
             graphdef, state = nnx.split(Period(self.blocks))
-            run = stack.checkpointed(lambda s, x: _period(ctx, nnx.merge(graphdef, s), x, self.start), self.remat)
+            run = stack.checkpointed(lambda s, x: period(nnx.merge(graphdef, s), x, self.start, shared), self.remat)
             return run(state, x_BTD)
-        return stack.scan(functools.partial(_period, ctx), Period(self.blocks), x_BTD, self._first_layers(), remat=self.remat)
+        return stack.scan(period, Period(self.blocks), x_BTD, self._first_layers(), shared=shared, remat=self.remat)
 
-    def pipelined(self, x_KsBTD, plan, ctx_of):
+    def pipelined(self, x_KsBTD, plan, ctx_of, shared):
         """`__call__` on all micro-batches of a `pipeline.Schedule` at once: (y_KsBTD, the same aux, summed over micro-batches).
 
         ctx_of(micro-batch) -> its Ctx. Each stage holds and runs its own repeats.
@@ -144,7 +158,7 @@ class Segment(nnx.Module):
         def part(arrays, x_BTD, first, micro):
             blocks = nnx.merge(graphdef, tree.unflatten([v.replace(a) for v, a in zip(variables, arrays)]))
             layers = self._first_layers(first + jnp.arange(arrays[0].shape[0], dtype=jnp.int32))
-            return stack.scan(functools.partial(_period, ctx_of(micro)), blocks, x_BTD, layers)
+            return stack.scan(functools.partial(_period, ctx_of(micro), self.sources), blocks, x_BTD, layers, shared=shared)
 
         return pipeline.run(part, placed, x_KsBTD, plan, remat=self.remat)
 
@@ -155,29 +169,38 @@ class Segment(nnx.Module):
             return tuple(states)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), tuple(states))
 
-    def decode(self, x, ctx, states, call):
+    def decode(self, x, ctx, states, call, shared):
         """(y, states) where call(block, x, ctx, state) is a block's prefill or step."""
 
-        def body(blocks, x, xs):
+        def body(blocks, x, xs, shared):
             first_layer, old = xs
             new = []
-            for p, block in enumerate(blocks.blocks):
+            for p, block in enumerate(_bound(blocks, self.sources, shared)):
                 x, state = call(block, x, ctx.at_layer(first_layer + p), old[p])
                 new.append(state)
             return x, tuple(new)
 
         if self.repeats == 1:
-            return body(Period(self.blocks), x, (self.start, states))
-        return stack.scan(body, Period(self.blocks), x, (self._first_layers(), states))
+            return body(Period(self.blocks), x, (self.start, states), shared)
+        return stack.scan(body, Period(self.blocks), x, (self._first_layers(), states), shared=shared)
 
     def _first_layers(self, repeats=None):
         return self.start + self.period * (jnp.arange(self.repeats, dtype=jnp.int32) if repeats is None else repeats)
 
 
-def _period(ctx, blocks, x_BTD, first_layer):
+def lent(resolved, key, layer, parts):
+    """The parts of one layer that the model holds for others too, drawn as that layer would draw its own."""
+    return sharing.Lent(Block(resolved.layers[layer], resolved, rngs=nnx.Rngs(jax.random.fold_in(key, layer))), parts)
+
+
+def _bound(blocks, sources, shared):
+    return [sharing.bind(block, chosen, shared, blocks.blocks) for block, chosen in zip(blocks.blocks, sources)]
+
+
+def _period(ctx, sources, blocks, x_BTD, first_layer, shared):
     """One period of layers; (y_BTD, tuple of LayerAux or None)."""
     auxes = []
-    for p, block in enumerate(blocks.blocks):
+    for p, block in enumerate(_bound(blocks, sources, shared)):
         x_BTD, aux = block(x_BTD, ctx.at_layer(first_layer + p))
         auxes.append(aux)
     return x_BTD, tuple(auxes)

@@ -3,6 +3,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from effmodels.models import sharing
 from effmodels.models.resolve import resolve
 
 
@@ -26,7 +27,10 @@ class ModelCost:
 
 
 def cost(config, seq_len):
-    """`ModelCost` of a ModelConfig (or its mapping) for sequences of seq_len tokens."""
+    """`ModelCost` of a ModelConfig (or its mapping) for sequences of seq_len tokens.
+
+    Weights that layers share count once; adding low-rank matrices to them, once per call and not per token, is in no FLOPs.
+    """
     resolved = resolve(config)
     c, env = resolved.config, resolved.env
     state_dtype_bytes = jnp.dtype(c.compute_dtype).itemsize
@@ -35,14 +39,17 @@ def cost(config, seq_len):
     per_layer = 1 if (c.norm_position, c.residual) == ("post", "parallel") else 4 if c.norm_position == "sandwich" else 2
     norms = norm_size * (1 + c.num_layers * per_layer)
     table = c.vocab_size * c.d_model
-    embedding = table * (1 if c.tie_embeddings else 2)
+    embedding = table * (1 if c.tie_embeddings else 2) + c.learned_positions * c.d_model
     head_flops = 2 * table
-    params = sum(p.params for p in parts) + norms + embedding
+    borrowed, added = sharing.saved(resolved.layers, env, sharing.check(c.sharing))
+    held = [0 if (name, i // 2) in borrowed else 1 for i, name in enumerate(("mixer", "channel") * c.num_layers)]
+    norms += added - norm_size * per_layer * sum(name == "norms" for name, _ in borrowed)
+    params = sum(p.params * h for p, h in zip(parts, held)) + norms + embedding
     prefill = sum(p.flops for p in parts) / seq_len + head_flops
     return ModelCost(
         seq_len=seq_len,
         params=params,
-        active_params=sum(p.active_params for p in parts) + norms + embedding,
+        active_params=sum(p.active_params * h for p, h in zip(parts, held)) + norms + embedding,
         embedding_params=embedding,
         train_flops_per_token=3 * prefill,
         prefill_flops_per_token=prefill,

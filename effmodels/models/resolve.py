@@ -7,6 +7,7 @@ from effmodels.channel.registry import get_channel
 from effmodels.config import ConfigError, ModelConfig, build, nearest
 from effmodels.mixers.base import Env
 from effmodels.mixers.registry import get_mixer
+from effmodels.models import sharing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LayerKind:
 
     mixer: Part
     channel: Part
+    ties: tuple = ()  # ((part, sharing.Tie), ...): what it shares with other layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ def resolve(config):
     )  # fmt: skip
     mixers = _parts(config.mixers, config.pattern, [m for m, _ in _pairs(config)], get_mixer, env, "mixers", "pattern")
     channels = _parts(config.channels, config.channel, [c for _, c in _pairs(config)], get_channel, env, "channels", "channel")
-    return Resolved(config, env, tuple(LayerKind(mixers[m], channels[c]) for m, c in layer_names(config)))
+    kinds = tuple(LayerKind(mixers[m], channels[c]) for m, c in layer_names(config))
+    return Resolved(config, env, sharing.tied(config, kinds))
 
 
 def layer_names(config):

@@ -33,15 +33,15 @@ def forward(model, tokens_MBT, fields, tail, tail_arrays=(), **static):
 
     def before(tokens_BT, one):
         ctx = Ctx(**one, **static)
-        return _run(model.segments[:split], model._embed(tokens_BT, ctx), ctx)
+        return _run(model.segments[:split], model._embed(tokens_BT, ctx), ctx, model.shared)
 
     def after(x_BTD, one, rest):
         ctx = Ctx(**one, **static)
-        x_BTD, auxes = _run(model.segments[split + 1 :], x_BTD, ctx)
+        x_BTD, auxes = _run(model.segments[split + 1 :], x_BTD, ctx, model.shared)
         return tail(x_BTD, ctx, *rest), auxes
 
     x_KsBTD, first = pipeline.over_stages(before, plan.entering_Ks, tokens_MBT, fields)
-    x_KsBTD, middle = model.segments[split].pipelined(x_KsBTD, plan, ctx_of)
+    x_KsBTD, middle = model.segments[split].pipelined(x_KsBTD, plan, ctx_of, model.shared)
     out, last = pipeline.over_stages(after, plan.leaving_Ks, fields, tail_arrays, placed=(x_KsBTD,))
     once_Ks = np.arange(plan.slots * plan.stages).reshape(plan.stages, plan.slots).T < plan.micro_batches
     auxes = [*total(first, once_Ks), middle, *total(last, plan.leaving_Ks >= 0)]
@@ -67,9 +67,9 @@ def rows_as_micro_batches(batch, limit):
     return {n: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1) for n, a in batch.items()}
 
 
-def _run(segments, x_BTD, ctx):
+def _run(segments, x_BTD, ctx, shared):
     auxes = []
     for segment in segments:
-        x_BTD, aux = segment(x_BTD, ctx)
+        x_BTD, aux = segment(x_BTD, ctx, shared)
         auxes.append(aux)
     return x_BTD, tuple(auxes)

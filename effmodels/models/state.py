@@ -5,8 +5,10 @@ import jax
 from flax import nnx
 
 from effmodels.layers.param import Buffer
+from effmodels.models import sharing
 
 _IN_SEGMENT = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(.+)")
+_SHARED = re.compile(r"shared\.(\d+)\.(.+)")
 
 
 def split(model):
@@ -29,23 +31,25 @@ def info(model):
 def manifest(model):
     """canonical name -> (path, index into the stack or None), for every parameter and buffer.
 
-    Canonical: "embed", "head", "final_norm.scale", "layers.<absolute i>.<mixer|channel|norm...>.<param>"; never a segment index.
+    Canonical: "embed", "head", "final_norm.scale", "layers.<absolute i>.<mixer|channel|norm...>.<param>"; never a segment index. Weights
+    that layers share are "shared.<first layer that uses them>...".
     """
-    return canonical_names(info(model), [(s.start, s.period, s.repeats) for s in model.segments])
-
-
-def canonical_names(paths, runs):
-    """`manifest` from paths and the (start, period, repeats) of every segment."""
+    kinds, runs = model.resolved.layers, model.segments
+    lenders, held = set(sharing.owners(kinds).items()), [owner for owner, _ in sharing.sources(runs, kinds)[0]]
+    trained = {_path(keys) for keys, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     names = {}
-    for path in paths:
+    for path in info(model):
         match = _IN_SEGMENT.fullmatch(path)
         if match is None:
-            names[path] = (path, None)
+            j = _SHARED.fullmatch(path)
+            names[path if j is None else f"shared.{held[int(j[1])]}.{j[2]}"] = (path, None)
             continue
-        start, period, repeats = runs[int(match[1])]
-        for r in range(repeats):
-            layer = start + r * period + int(match[2])
-            names[f"layers.{layer}.{match[3]}"] = (path, r if repeats > 1 else None)
+        run, rest = runs[int(match[1])], match[3]
+        part = sharing.part_of(rest.split(".")[0])
+        for r in range(run.repeats):
+            layer = run.start + r * run.period + int(match[2])
+            owns = ((part, layer), layer) in lenders and path in trained
+            names[f"{'shared' if owns else 'layers'}.{layer}.{rest}"] = (path, r if run.repeats > 1 else None)
     return names
 
 
