@@ -75,6 +75,17 @@ def default_workdir(config_filename):
     return str(pathlib.Path("runs") / (stem + ("-" + re.sub(r"[^\w.=,-]", "_", arg) if arg else "")))
 
 
+def load_model(source, *, step=None, dtype=None):
+    """(model, tokenizer, step or None) of a run's folder, or of a Hugging Face folder; dtype: of the latter's weights."""
+    from effmodels import interop
+    from effmodels.train.restore import RUN_FILE, load_run
+
+    folder = pathlib.Path(source).expanduser()
+    if (folder / "config.json").exists() and not (folder / RUN_FILE).exists():
+        return (*interop.load_pretrained(folder, dtype=dtype), None)
+    return load_run(source, step=step, log=lambda text: print(text, file=sys.stderr))
+
+
 def user_errors():
     """Exceptions whose message is all that a person needs; anything else keeps its traceback."""
     from effmodels.config import ConfigError

@@ -1,4 +1,4 @@
-"""Continues a prompt from a run's newest checkpoint, streaming, with the model's carried state.
+"""Continues a prompt from a run's newest checkpoint or from a Hugging Face folder, streaming, with the model's carried state.
 
     python -m experiments.generate --workdir=runs/quickstart --prompt="def " [--max_new_tokens=200 --temperature=0.8 --top_k=40 --seed=1]
 """
@@ -24,13 +24,16 @@ def main(argv):
     common.set_up_jax()
     import jax
 
-    from effmodels.train.restore import load_run
+    from effmodels.config import ConfigError
 
     try:
-        model, tokenizer, step = load_run(common.WORKDIR.value, step=_STEP.value, log=lambda text: print(text, file=sys.stderr))
+        model, tokenizer, step = common.load_model(common.WORKDIR.value, step=_STEP.value)
+        if tokenizer is None:
+            raise ConfigError(f"{common.WORKDIR.value} has neither tokenizer.json nor tokenizer.model.")
         prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
         tokens = tokenizer.encode(prompt)
-        print(f"checkpoint of step {step}, prompt of {len(tokens)} tokens", file=sys.stderr)
+        where = f"weights of {common.WORKDIR.value}" if step is None else f"checkpoint of step {step}"
+        print(f"{where}, prompt of {len(tokens)} tokens", file=sys.stderr)
         _write(model, tokenizer, prompt, tokens, jax.random.key(_SEED.value))
     except common.user_errors() + (ValueError,) as error:
         sys.exit(f"error: {error}")

@@ -2,7 +2,7 @@
 
 pallas_kernels <- effmodels <- experiments; configs import ml_collections and configs.common only. Inside effmodels:
 config, registry <- parallel <- layers <- mixers, channel <- models <- decode, interop <- train <- plan, verify, compare;
-data is imported by train and above only.
+data is imported by train and above only, and by interop, which reads and writes tokenizers.
 """
 import ast
 import pathlib
@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "channel": {"config", "registry", "parallel", "layers", "mixers"},
     "models": {"config", "registry", "parallel", "layers", "mixers", "channel"},
     "decode": {"config", "registry", "parallel", "layers", "mixers", "channel", "models"},
-    "interop": {"config", "registry", "parallel", "layers", "mixers", "channel", "models"},
+    "interop": {"config", "registry", "parallel", "layers", "mixers", "channel", "models", "data"},
     "data": {"config", "registry"},
 }
 MAY_IMPORT["train"] = {*MAY_IMPORT["decode"], "decode", "interop", "data"}

@@ -1,0 +1,1 @@
+"""One file per family of checkpoints: its tensors and what its config.json says."""

@@ -1,0 +1,124 @@
+"""DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437): latent attention, group-limited routing, shared experts, dense first layers."""
+from effmodels.channel.mlp import MLP, hidden_size
+from effmodels.channel.moe import MoE
+from effmodels.interop.errors import InteropError
+from effmodels.interop.families import common, llama
+from effmodels.interop.table import Family, Rule
+from effmodels.mixers.latent import Latent
+
+THEIRS, OURS = common.LAYER + "self_attn.", common.OURS + "mixer."
+RULES = (
+    *common.TOP, *common.NORMS,
+    Rule(THEIRS + "q_proj.weight", OURS + "wq", "(N H) D -> D N H"),
+    Rule(THEIRS + "q_a_proj.weight", OURS + "wq_down", "Q D -> D Q"),
+    Rule(THEIRS + "q_a_layernorm.weight", OURS + "q_norm.scale"),
+    Rule(THEIRS + "q_b_proj.weight", OURS + "wq_up", "(N H) Q -> Q N H"),
+    Rule(THEIRS + "kv_a_proj_with_mqa.weight", OURS + "wkv_down", "C D -> D C"),
+    Rule(THEIRS + "kv_a_layernorm.weight", OURS + "kv_norm.scale"),
+    Rule(THEIRS + "kv_b_proj.weight", (OURS + "wk_up", OURS + "wv_up"), "(N [H]) R -> R N H"),
+    Rule(THEIRS + "o_proj.weight", OURS + "wo", "D (N P) -> N P D"),
+    *common.mlp(on=("mlp",)), common.router(), *common.experts(),
+    Rule(common.LAYER + "mlp.gate.e_score_correction_bias", common.OURS + "channel.bias"),
+    *common.mlp(common.LAYER + "mlp.shared_experts.", common.OURS + "channel.shared.", on=("moe",)),
+)  # fmt: skip
+LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever rms_norm_eps is
+BALANCE_RATE = 1e-3  # where training goes on; V3's own
+
+
+def read_v2(c):
+    """ModelConfig's fields."""
+    c.only("norm_topk_prob", False)
+    c.only("scoring_func", "softmax")
+    limited = c.only("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
+    groups = {"groups": c.get("n_group"), "top_groups": c.get("topk_group"), "group_score": "max"} if limited else {}
+    c.get("n_group", None), c.get("topk_group", None)
+    return _read(c, {"router": "softmax", "normalize_weights": False, **groups}, first_dense=0)
+
+
+def read_v3(c):
+    """ModelConfig's fields."""
+    c.only("rope_interleave", True)
+    c.only("scoring_func", "sigmoid")
+    c.only("topk_method", "noaux_tc")
+    c.get("num_nextn_predict_layers", None)
+    routing = {
+        "router": "sigmoid", "normalize_weights": bool(c.get("norm_topk_prob", True)), "groups": c.get("n_group", 8),
+        "top_groups": c.get("topk_group", 4), "bias_update_rate": BALANCE_RATE,
+    }  # fmt: skip
+    return _read(c, routing, first_dense=3)
+
+
+def _read(c, routing, first_dense):
+    c.only("hidden_act", "silu")
+    c.only("attention_bias", False)
+    c.only("mlp_bias", False)
+    c.only("moe_layer_freq", 1)
+    for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):
+        c.get(name, None)  # follow from the others
+    shared = c.get("n_shared_experts", 1) or 0
+    moe = {
+        "num_experts": c.get("n_routed_experts"), "top_k": c.get("num_experts_per_tok"), "hidden": c.get("moe_intermediate_size"),
+        "activation": "swiglu", "shared_experts": shared, "routed_scaling": float(c.get("routed_scaling_factor", 1.0)), **routing,
+    }  # fmt: skip
+    dense = {"hidden": c.get("intermediate_size"), "activation": "swiglu"}
+    layers = common.read_sparse(c, moe, dense, c.get("first_k_dense_replace", first_dense))
+    return common.read_top(c, pattern=("latent",), mixers={"latent": _latent(c)}, **layers)
+
+
+def _latent(c):
+    rope = common.rope(c, 10_000.0)
+    if rope.pop("rotary_fraction") != 1.0:
+        raise InteropError("config.json: partial_rotary_factor of latent attention is not supported; only 1.0 is.")
+    given = c.get("rope_parameters", None) or c.get("rope_scaling", None) or {}
+    head, rotated = c.get("qk_nope_head_dim", 128), c.get("qk_rope_head_dim", 64)
+    fields = {
+        "num_heads": c.get("num_attention_heads"), "head_dim": head, "rope_dim": rotated, "value_dim": c.get("v_head_dim", 128),
+        "kv_rank": c.get("kv_lora_rank", 512), "q_rank": c.get("q_lora_rank", 1536), "rope_interleaved": True, "norm_eps": LATENT_EPS,
+    }  # fmt: skip
+    if given.get("mscale_all_dim") and "rope_scaling" in rope:
+        magnitude = common.yarn_magnitude(rope["rope_scaling"]["factor"], given["mscale_all_dim"])
+        fields["scale"] = (head + rotated) ** -0.5 * magnitude * magnitude
+    return fields | rope
+
+
+def write_v2(resolved):
+    """config.json's fields."""
+    fields, moe = _write(resolved)
+    limited = {"n_group": moe.groups, "topk_group": moe.top_groups, "topk_method": "group_limited_greedy"}
+    return fields | (limited if moe.groups > 1 else {"topk_method": "greedy"})
+
+
+def write_v3(resolved):
+    """config.json's fields."""
+    fields, moe = _write(resolved)
+    return fields | {"n_group": moe.groups, "topk_group": moe.top_groups, "norm_topk_prob": moe.normalize_weights}
+
+
+def _write(resolved):
+    """(fields, MoE.Config) that both have in common."""
+    moe, dense, plain = common.write_sparse(resolved, MoE, MLP)
+    if plain != list(range(len(plain))):
+        raise InteropError("its dense layers are not the first ones")
+    a, width = common.part(resolved, "mixer", Latent), hidden_size(moe, resolved.env)
+    if None in (a.head_dim, a.rope_dim, a.value_dim, a.kv_rank):
+        raise InteropError("its latent attention leaves sizes to defaults; set head_dim, rope_dim, value_dim and kv_rank")
+    return {
+        **common.write_top(resolved.config), "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_heads,
+        "qk_nope_head_dim": a.head_dim, "qk_rope_head_dim": a.rope_dim, "v_head_dim": a.value_dim, "kv_lora_rank": a.kv_rank,
+        "q_lora_rank": a.q_rank, "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "moe_intermediate_size": width,
+        "n_shared_experts": moe.shared_experts, "routed_scaling_factor": moe.routed_scaling, "first_k_dense_replace": len(plain),
+        "intermediate_size": hidden_size(dense, resolved.env) if dense else width, "hidden_act": "silu", **_write_rope(a),
+    }, moe  # fmt: skip
+
+
+def _write_rope(a):
+    fields = common.write_rope(a)
+    if a.scale is not None and a.rope_scaling is not None:
+        magnitude = (a.scale * (a.head_dim + a.rope_dim) ** 0.5) ** 0.5
+        fields["rope_parameters"]["mscale_all_dim"] = round((magnitude - 1) / (common.yarn_magnitude(a.rope_scaling["factor"], 1) - 1), 9)
+    return fields
+
+
+COMMON = {"prefix": "model.", "ignore": llama.IGNORE}
+DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", RULES, read_v2, write_v2, **COMMON)
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", RULES, read_v3, write_v3, **COMMON)

@@ -1,0 +1,71 @@
+"""Reference logits of small random models, by `transformers` on a CPU in float32: one JSON file per case in references/.
+
+    python -m tests.interop.make_references [case ...]
+
+Needs torch, transformers 5 and for RetNet torchscale 0.3, which nothing else here does. Weights are not kept: `draws` makes them again from
+the tensors' names.
+"""
+import base64
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+
+from tests.interop.cases import CASES
+from tests.interop.draws import weights
+from tests.interop.retnet_oracles import ORACLES
+
+HERE = pathlib.Path(__file__).parent / "references"
+LENGTHS = (19, 13)
+
+
+def make(case):
+    """The reference of one case: config.json, tensors with shapes, tokens and logits of rows, each computed alone."""
+    fields = CASES[case]
+    tokens = np.random.RandomState(1).randint(1, fields["vocab_size"], (len(LENGTHS), max(LENGTHS)))
+    rows = [tokens[i, :n].tolist() for i, n in enumerate(LENGTHS)]
+    if fields["model_type"] in ORACLES:
+        config, (tensors, logits) = fields, ORACLES[fields["model_type"]](fields, weights, rows)
+    else:
+        config, tensors, logits = by_transformers(fields, rows)
+    return {
+        "config": config,
+        "tensors": tensors,
+        "tokens": rows,
+        "logits": [base64.b64encode(np.ascontiguousarray(r, np.float32).tobytes()).decode() for r in logits],
+    }
+
+
+def by_transformers(fields, rows):
+    """(config.json, {name: [dtype, *shape]}, logits of every row) of a model of `transformers` with drawn weights."""
+    import torch
+    from safetensors.numpy import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**fields)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        file = pathlib.Path(folder) / "model.safetensors"
+        saved = load_file(file)
+        config_json = json.loads((pathlib.Path(folder) / "config.json").read_text())
+        save_file({n: weights(n, a.shape) for n, a in saved.items()}, file, metadata={"format": "pt"})
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows]
+    return config_json, {n: [str(a.dtype), *a.shape] for n, a in saved.items()}, logits
+
+
+def main(names):
+    for case in names or CASES:
+        reference = make(case)
+        logits = np.frombuffer(base64.b64decode(reference["logits"][0]), np.float32)
+        (HERE / f"{case}.json").write_text(json.dumps(reference, indent=0) + "\n")
+        print(f"{case}: {len(reference['tensors'])} tensors, logits rms {np.sqrt(np.mean(logits**2)):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
