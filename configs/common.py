@@ -4,7 +4,7 @@ from ml_collections.config_dict import placeholder
 
 DIMS = (
     "batch", "seq", "res_seq", "kv_seq", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab", "act_expert", "tokens",
-    "embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm",
+    "embed", "heads", "kv_heads", "head_dim", "value_dim", "mlp", "expert", "expert_mlp", "vocab", "layers", "stage", "norm", "rank",
 )  # fmt: skip
 
 
@@ -16,7 +16,7 @@ def base():
     c.batch_size = 32  # sequences per optimiser step, over all devices and processes
     c.seq_len = 512
     c.model = model()
-    c.expect = ConfigDict({"params": placeholder(float), "active_params": placeholder(float)})  # checked within 1 % by the tests
+    c.expect = ConfigDict({"params": placeholder(float), "active_params": placeholder(float)})  # checked within 0.1 % by the tests
     c.data = data()
     c.optim = optim()
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "seq": 1, "tensor": 1, "expert": 1, "stage": 1})  # one axis may be -1: what is left
@@ -57,6 +57,101 @@ def small(c):
     c.eval.batches, c.log.every_steps = 4, 5
 
 
+def window_stages(num_layers, windows, **fields):
+    """(pattern, mixers) of attention whose window depends on the depth: equal stages of layers, None = all keys. fields: of every mixer.
+
+    >>> window_stages(4, (256, None), num_heads=8)[0]
+    ('local_256', 'local_256', 'full', 'full')
+    """
+    names = ["full" if w is None else f"local_{w}" for w in windows]
+    pattern = tuple(names[i * len(windows) // num_layers] for i in range(num_layers))
+    return pattern, {n: {"kind": "attention", "window": w, **fields} for n, w in zip(names, windows) if n in pattern}
+
+
+def pythia(layers, d_model, heads, lr, vocab_size=50_304):
+    """A run of the Pythia suite (arXiv:2304.01373, table 1): GPT-NeoX layers, 143,000 steps of 2 M tokens in rows of 2,048."""
+    c = base()
+    c.batch_size, c.seq_len, c.steps = 1024, 2048, 143_000
+    c.model = model(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_layers=layers,
+        mixers={"attention": {"num_heads": heads, "rotary_fraction": 0.25, "bias": True, "out_bias": True}},
+        channels={"mlp": {"hidden": 4 * d_model, "activation": "gelu_exact", "bias": True}},
+        norm="layernorm",
+        norm_eps=1e-5,
+        residual="parallel",
+        compute_dtype="bfloat16",
+    )
+    c.data.tokenizer = f"bpe:{vocab_size}"
+    c.optim.lr, c.optim.warmup_steps = lr, 1430
+    c.train.remat, c.train.accumulation = "full", "scan"
+    return c
+
+
+def retnet(layers, d_model, heads, lr, tokens=100_000_000_000):
+    """A run of RetNet (arXiv:2307.08621, table 2): 8 D^2 per retention, 4 D^2 per feed-forward layer; a vocabulary of our own."""
+    c = base()
+    c.batch_size, c.seq_len = 2048, 2048
+    c.steps = tokens // (c.batch_size * c.seq_len)
+    c.model = model(
+        vocab_size=64_000,
+        d_model=d_model,
+        num_layers=layers,
+        pattern=("retention",),
+        mixers={"retention": {"num_heads": heads, "decay": "paper"}},
+        channels={"mlp": {"hidden": 2 * d_model, "activation": "gelu"}},
+        norm="layernorm",
+        tie_embeddings=True,
+        compute_dtype="bfloat16",
+    )
+    c.data.tokenizer = "bpe:64000"
+    c.optim.lr, c.optim.schedule, c.optim.warmup_steps, c.optim.final_lr_ratio = lr, "linear", 375, 0.0
+    c.optim.b2, c.optim.weight_decay, c.optim.clip = 0.98, 0.05, 2.0
+    c.train.remat, c.train.accumulation = "full", "scan"
+    return c
+
+
+def torchscale_retnet(layers, d_model, inner, heads, lr):
+    """`retnet` with the sizes of torchscale's presets: values and gated feed-forward layers `inner` wide, RMSNorm, chunks of 512."""
+    c = retnet(layers, d_model, heads, lr)
+    c.model.mixers.retention.update({"value_dim": inner // heads, "decay": "torchscale", "chunk": 512})
+    c.model.channels.mlp.update({"hidden": inner, "activation": "swiglu"})
+    c.model.norm = "rmsnorm"
+    return c
+
+
+def ring_linear(layers, d_model, heads, group, inner, expert):
+    """A Ring-linear-2.0 model (arXiv:2510.19338): of every `group` layers the last attends, the rest are lightning; one is dense."""
+    c = base()
+    c.batch_size, c.seq_len, c.steps = 4096, 4096, 35_000
+    c.model = model(
+        vocab_size=157_184,
+        d_model=d_model,
+        num_layers=layers,
+        pattern=("lightning",) * (group - 1) + ("attention",),
+        channel=("moe",),
+        prefix=(("lightning", "mlp"),),
+        mixers={
+            "lightning": {"num_heads": heads, "head_dim": 128, "norm_groups": 4, "rope_theta": 600_000.0},
+            "attention": {"num_heads": heads, "num_kv_heads": 4, "head_dim": 128, "qk_norm": True, "rotary_fraction": 0.5,
+                          "rope_theta": 600_000.0},
+        },
+        channels={
+            "mlp": {"hidden": inner},
+            "moe": {
+                "num_experts": 256, "top_k": 8, "hidden": expert, "shared_experts": 1, "router": "sigmoid", "groups": 8, "top_groups": 4,
+                "routed_scaling": 2.5, "bias_update_rate": 1e-3, "balance_coef": 0.0, "z_coef": 3.5e-6,
+            },
+        },
+        compute_dtype="bfloat16",
+    )  # fmt: skip
+    c.data.tokenizer = "bpe:157184"
+    c.optim.lr, c.optim.warmup_steps = 3e-4, 2000
+    c.train.remat, c.train.accumulation = "full", "scan"
+    return c
+
+
 def model(**fields):
     """The fields of effmodels.config.ModelConfig with their defaults, so that each can be set on the command line, and those given."""
     defaults = {
@@ -69,12 +164,14 @@ def model(**fields):
         "suffix": (),  # and the last
         "mixers": ConfigDict({}),  # name = {"kind": registry name (default: the name), **fields of its Config}
         "channels": ConfigDict({}),
+        "sharing": ConfigDict({}),  # layers that use the same weights: {"channel": "neighbours:2", "rank": 8} (effmodels.models.sharing)
         "norm": "rmsnorm",
         "norm_eps": 1e-6,
         "norm_position": "pre",
         "residual": "serial",
         "tie_embeddings": False,
         "embed_scale": 1.0,
+        "learned_positions": 0,  # rows of a learned table of positions; 0: none
         "logits_soft_cap": placeholder(float),
         "z_loss": 0.0,
         "dropout": 0.0,
@@ -136,6 +233,8 @@ def parallel():
             "recv_bound": placeholder(float),  # rows for one pair of shards, in multiples of the mean; None: the worst case
             "rounds": 1,  # over mesh.stage: how often a micro-batch goes round the stages (circular schedule)
             "zero1": False,  # the optimiser's state is split over mesh.data too
+            "gradient_sum": "xla",  # of projections: by the compiler; "ring": while they are computed, by permutes (docs/parallel.md)
+            "gradient_rings": "",  # "data,fsdp+seq": experts' gradients are summed along these rings of chips; empty: by the compiler
         }
     )
 

@@ -40,7 +40,7 @@ def test_builds_in_the_abstract_and_counts_its_parameters(variant):
     assert counted.params == num_params(model), "cost() and the abstract model differ"
     for stated, actual in ((expect.params, counted.params), (expect.active_params, counted.active_params)):
         if stated is not None:
-            assert abs(actual / stated - 1) < 0.01, f"the config states {stated:,.0f} parameters, the model has {actual:,}"
+            assert abs(actual / stated - 1) < 1e-3, f"the config states {stated:,.0f} parameters, the model has {actual:,}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,16 +5,13 @@ import pytest
 
 from effmodels.train import metrics
 from effmodels.train.loop import train
-from tests.configs.catalogue import NAMES, arguments, load
+from tests.configs.catalogue import distinct_short, load
 
-SMALL = [(name, "small" if "small" in arguments(name) else "test") for name in NAMES]
-
-
-DEFAULT = ("quickstart", "retnet_6p7b")
+DEFAULT = ("quickstart", "retnet_1p3b")
 
 
 @pytest.mark.parametrize(
-    "name,argument", [pytest.param(n, a, marks=() if n in DEFAULT else pytest.mark.slow, id=f"{n}-{a}") for n, a in SMALL]
+    "name,argument", [pytest.param(n, a, marks=() if n in DEFAULT else pytest.mark.slow, id=f"{n}-{a}") for n, a in distinct_short()]
 )
 def test_two_steps(name, argument, tmp_path):
     for i in range(30):

@@ -2,14 +2,13 @@
 
 And the sweep: all checks of every config in its small form, on its own mesh.
 """
-import importlib
 import itertools
-import pathlib
 
 import jax
 import pytest
 
 from effmodels.verify import verify
+from tests.configs.catalogue import distinct_short, load
 from tests.verify.cases import tiny
 
 AXES = ("fsdp", "seq", "tensor", "expert", "stage")  # data takes what is left
@@ -32,20 +31,9 @@ def test_data_alone_equals_one_device():
     assert report.passed, report.table()
 
 
-SMALL = {
-    "dense_65b": "small", "gpt4_moe_1p8t": "small", "moe_1b": "small", "quickstart": "test", "reference_8m": "small",
-    "retnet_6p7b": "small",
-}  # fmt: skip
-
-
-def test_the_sweep_knows_every_config():
-    files = {p.stem for p in (pathlib.Path(__file__).resolve().parents[2] / "configs").glob("*.py")} - {"__init__", "common"}
-    assert files == set(SMALL), "name the small form of a new config here"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
-def test_sweep(name):
-    config = importlib.import_module(f"configs.{name}").get_config(SMALL[name])
+@pytest.mark.parametrize("name,argument", distinct_short(), ids="{}".format)
+def test_sweep(name, argument):
+    config = load(name, argument)
     report = verify(config, devices=jax.devices(), log=print)
     assert report.passed, report.table()
