@@ -71,26 +71,28 @@ def test_a_tensor_axis_across_processes_reads_every_row_once(tmp_path):
     assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-6
 
 
-def assert_same_course(one, other):
-    """Equal up to the order of sums, until a load at its mean turns the sign of a balancing bias (1e-3 at a step)."""
-    differences = {s: abs(one[s] - other[s]) / one[s] for s in one}
-    assert max(d for s, d in differences.items() if s <= 4) < 1e-6 and max(differences.values()) < 1e-3, differences
+def assert_equal_losses(one, other):
+    assert one.keys() == other.keys() and max(abs(one[s] - other[s]) / one[s] for s in one) < 1e-6, (one, other)
 
 
 @pytest.mark.slow
-def test_four_processes_train_the_small_moe_to_the_loss_of_one_and_another_number_resumes(tmp_path):
+def test_four_processes_train_the_small_moe_to_the_loss_of_one_and_another_number_resumes(tmp_path, monkeypatch):
+    """In float64: in float32 the order of sums over processes sends a token with two equal experts to the other one (5e-6 of the loss)."""
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
     flags = ("--config=configs/moe_1b.py:small", "--config.steps=6", "--config.optim.warmup_steps=2", "--config.checkpoint.every_steps=3",
-             "--config.log.every_steps=1", "--config.eval.every_steps=6", "--config.eval.sample_tokens=0")  # fmt: skip
+             "--config.log.every_steps=1", "--config.eval.every_steps=6", "--config.eval.sample_tokens=0",
+             "--config.model.param_dtype=float64", "--config.model.compute_dtype=float64")  # fmt: skip
     one = run(tmp_path / "one", 1, 4, *flags, timeout=900)
     four = run(tmp_path / "four", 4, 1, *flags, timeout=900)
-    assert_same_course(one, four)
+    assert len(one) == 6
+    assert_equal_losses(one, four)
     checkpoints = sorted(int(p.name) for p in (tmp_path / "four" / "checkpoints").iterdir())
     assert checkpoints == [3, 6]
     for step in checkpoints[1:]:  # back to step 3, and on with two processes
         subprocess.run(["rm", "-r", str(tmp_path / "four" / "checkpoints" / str(step))], check=True)
     again = run(tmp_path / "four", 2, 2, *flags, timeout=900)
     assert "resumed step 3" in open(tmp_path / "four.0.log").read()
-    assert_same_course(one, again)
+    assert_equal_losses(one, again)
 
 
 @pytest.mark.slow
