@@ -139,12 +139,10 @@ class Segment(nnx.Module):
 
         shared: what the model holds for layers that share weights.
         """
-        period = functools.partial(_period, ctx, self.sources)
         if self.repeats == 1:
-            graphdef, state = nnx.split(Period(self.blocks))
-            run = stack.checkpointed(lambda s, x: period(nnx.merge(graphdef, s), x, self.start, shared), self.remat)
-            return run(state, x_BTD)
-        return stack.scan(period, Period(self.blocks), x_BTD, self._first_layers(), shared=shared, remat=self.remat)
+            return _period(ctx, self.sources, Period(self.blocks), x_BTD, self.start, shared, self.remat)
+        period = functools.partial(_period, ctx, self.sources, remat=self.remat, in_scan=True)
+        return stack.scan(period, Period(self.blocks), x_BTD, self._first_layers(), shared=shared)
 
     def pipelined(self, x_KsBTD, plan, ctx_of, shared):
         """`__call__` on all micro-batches of a `pipeline.Schedule` at once: (y_KsBTD, the same aux, summed over micro-batches).
@@ -197,11 +195,17 @@ def _bound(blocks, sources, shared):
     return [sharing.bind(block, chosen, shared, blocks.blocks) for block, chosen in zip(blocks.blocks, sources)]
 
 
-def _period(ctx, sources, blocks, x_BTD, first_layer, shared):
-    """One period of layers; (y_BTD, tuple of LayerAux or None)."""
+def _period(ctx, sources, blocks, x_BTD, first_layer, shared, remat="none", in_scan=False):
+    """One period of layers; (y_BTD, tuple of LayerAux or None). remat is by layer: a long period recomputes one of them at a time."""
+    graphdef, state = nnx.split(blocks)
     auxes = []
-    for p, block in enumerate(_bound(blocks, sources, shared)):
-        x_BTD, aux = block(x_BTD, ctx.at_layer(first_layer + p))
+    for p in range(len(blocks.blocks)):
+
+        def layer(state, x_BTD, p=p):
+            blocks = nnx.merge(graphdef, state).blocks
+            return sharing.bind(blocks[p], sources[p], shared, blocks)(x_BTD, ctx.at_layer(first_layer + p))
+
+        x_BTD, aux = stack.checkpointed(layer, remat, in_scan)(state, x_BTD)
         auxes.append(aux)
     return x_BTD, tuple(auxes)
 

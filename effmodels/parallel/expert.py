@@ -38,10 +38,7 @@ def expert_ffn(
         way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact)
     # Cast here, so that the sum of their gradients over other shards travels in the compute dtype.
     *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
-    # The input matrices side by side: one product, and one gradient of its rows instead of a sum of several. Columns that are split are
-    # put together where they lie.
-    parts, w_in = len(w_in), w_in if columns else [_joined(w_in)]
-
+    parts = len(w_in)
     rings = scatter.rings(options.current().gradient_rings, "embed", taken=(*over, *columns))
 
     def local(x, ids, weights, w_out, **inputs):
@@ -53,7 +50,10 @@ def expert_ffn(
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
-            kept = checkpoint_name(matmul(rows_RD, _joined(list(inputs.values()))), "expert_mlp")
+            # The input matrices side by side: one product, and one gradient of its rows instead of a sum of several. Joined on the
+            # shard, since the gradient of a matrix joined before is summed whole, not scattered.
+            joined = jnp.concatenate(list(inputs.values()), axis=-1) if parts > 1 else inputs["w0"]
+            kept = checkpoint_name(matmul(rows_RD, joined), "expert_mlp")
             h_RF = activation(*jnp.split(kept, parts, axis=-1))
             if weights_R is not None:
                 h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
@@ -69,10 +69,6 @@ def expert_ffn(
     arrays |= {"w_out": (w_out_EFD, PartitionSpec(split, columns_spec, wide))}
     arrays |= {f"w{i}": (w, PartitionSpec(split, wide, columns_spec)) for i, w in enumerate(w_in)}
     return ops.run_sharded(local, arrays, (rows, ()) if return_overflow else rows)
-
-
-def _joined(matrices):
-    return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices, axis=-1)
 
 
 LANES = 128  # a row that travels fills them

@@ -79,7 +79,7 @@ def gap(scores_BTE, bias_E, config):
         return _lead(choice_BTE, config.top_k)
     B, T, E = choice_BTE.shape
     grouped_BTGe = choice_BTE.reshape(B, T, config.groups, E // config.groups)
-    group_BTG = jnp.sum(jax.lax.top_k(grouped_BTGe, min(2, E // config.groups))[0], axis=-1)
+    group_BTG = jnp.sum(jax.lax.top_k(grouped_BTGe, min(routers.GROUP_SCORES[config.group_score], E // config.groups))[0], axis=-1)
     least_BT1 = jax.lax.top_k(group_BTG, config.top_groups)[0][..., -1:]
     allowed_BTE = jnp.repeat(group_BTG >= least_BT1, E // config.groups, axis=-1)
     return jnp.minimum(_lead(group_BTG, config.top_groups), _lead(jnp.where(allowed_BTE, choice_BTE, -jnp.inf), config.top_k))

@@ -53,6 +53,7 @@ def test_notebook_equals_its_source():
     assert [c.source for c in again.cells] == [c.source for c in notebook.cells]
 
 
+@pytest.mark.slow  # the notebook below runs the same cells
 @pytest.mark.subprocess
 def test_runs_as_a_script(tmp_path):
     ran = subprocess.run([sys.executable, SOURCE], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)

@@ -7,7 +7,7 @@ from effmodels.train import metrics
 from effmodels.train.loop import train
 from tests.configs.catalogue import distinct_short, load
 
-DEFAULT = ("quickstart", "retnet_1p3b")
+DEFAULT = ("quickstart",)
 
 
 @pytest.mark.parametrize(

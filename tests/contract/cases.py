@@ -24,7 +24,8 @@ D_MODEL = 32
 WINDOW = 4
 SLOW = {  # what they hold is in other cases too
     ("attention", "gqa_window"), ("attention", "no_positions"), ("attention", "mqa_sinks_qknorm"), ("attention", "window_0"),
-    ("retention", "bare"), ("lightning", "minimax"), ("local_global", "first"), ("local_global", "top_strided"),
+    ("retention", "bare"), ("lightning", "minimax"), ("lightning", "ring"), ("local_global", "first"), ("local_global", "top_strided"),
+    ("local_global", "every_strided_gate"), ("gated_delta", "grouped"), ("ssd", "groups"),
     ("mlp", "swiglu"), ("mlp", "geglu"), ("mlp", "relu2"), ("moe", "top1_raw"),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ def one_device():
         return config, params, buffers, infos, batch, jax.device_get(jit(run)(params, buffers, batch))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("data", "fsdp") else []) for n in MESHES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("data", "fsdp", "mixed") else []) for n in MESHES])
 def test_sharded_equals_one_device(one_device, name, x64):
     config, params, buffers, infos, batch, ((want, want_parts), want_grads) = one_device
     if name == "mixed":  # the kernels that run by default, in one of the meshes

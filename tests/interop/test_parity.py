@@ -10,7 +10,7 @@ from tests.interop import folders
 
 BOUND = 1e-5
 # One of each kind by default: rope scaling, layouts of fused matrices, experts with what is around them, a recurrent state.
-QUICK = ("llama_yarn", "gpt_neox", "qwen2_moe", "retnet")
+QUICK = ("llama_yarn", "gpt_neox", "retnet")
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in folders.ALL]
 
 

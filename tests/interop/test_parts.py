@@ -27,6 +27,7 @@ def test_parameters_are_counted_exactly(name):
     assert cost(config, 8).params == model_state.num_params(abstract(config)) == held
 
 
+@pytest.mark.slow
 def test_learned_positions_end_loudly():
     config = {"vocab_size": 11, "d_model": 16, "num_layers": 1, "learned_positions": 6, "mixers": {"attention": {"num_heads": 2}}}
     model = Decoder(config, rngs=nnx.Rngs(0))

@@ -140,11 +140,11 @@ def test_share_of_pairs_falls_like_one_over_n_but_not_with_a_share_of_global_tok
 @pytest.mark.parametrize(
     "name, form, layout",
     [
-        ("top_gate", "ring", "zigzag"),
+        pytest.param("top_gate", "ring", "zigzag", marks=pytest.mark.slow),
         *(pytest.param("every_strided_gate", form, "zigzag", marks=pytest.mark.slow) for form in ("ring", "all_gather")),
         pytest.param("top_gate", "ring", "striped", marks=pytest.mark.slow),
         pytest.param("top", "ulysses", "striped", marks=pytest.mark.slow),  # two heads for each tensor shard to exchange
-        pytest.param("first", "ring", "contiguous", marks=pytest.mark.slow),
+        ("first", "ring", "contiguous"),
     ],
 )
 def test_a_split_sequence_equals_one_device(name, form, layout, x64):

@@ -277,6 +277,7 @@ def test_states_that_never_fill_go_on():
         model.prefill(tokens, model.init_state(1, 3))
 
 
+@pytest.mark.slow
 def test_decoding_over_a_split_sequence_is_refused_and_its_own_rules_are_right():
     """Whole rows are split over seq; a few new tokens are not, and the layout of the rows is not theirs."""
     fields = {"vocab_size": 17, "d_model": 16, "num_layers": 2, "pattern": ("retention", "attention"), "compute_dtype": "float32"}

@@ -47,9 +47,9 @@ def _count(jaxpr):
 def test_each_name_saves_the_products_that_it_names():
     none, full, everything = products("none"), products("full"), products("save:" + ",".join(SAVEABLE))
     saved = {name: full - products(f"save:{name}") for name in SAVEABLE}
-    # Queries, and all four projections of retention; keys and values; gate and up; both mixers' outputs, which the next norm reads, and
-    # that of the first of the two channel mixers.
-    assert saved["heads"] == 1 + 4 and saved["kv_heads"] == 2 and saved["mlp"] == 2 and saved["embed"] == 3 and saved["expert_mlp"] >= 1
+    # Queries, and all four projections of retention; keys and values; gate and up; both mixers' outputs, which the next norm reads: a
+    # channel mixer's ends its layer, and nothing in that layer reads it.
+    assert saved["heads"] == 1 + 4 and saved["kv_heads"] == 2 and saved["mlp"] == 2 and saved["embed"] == 2 and saved["expert_mlp"] >= 1
     assert none < everything < full
 
 
@@ -61,9 +61,8 @@ def test_a_kernel_that_is_kept_does_not_run_again():
     assert counts["save:kernel"] - counts["save:heads,kv_heads,kernel"] == 3
 
 
-@pytest.mark.parametrize(
-    "remat", [pytest.param("save:kernel", marks=pytest.mark.slow), "save:heads,kv_heads,mlp,expert_mlp,embed,kernel"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["save:kernel", "save:heads,kv_heads,mlp,expert_mlp,embed,kernel"])
 def test_the_numbers_stay(remat, x64):
     params = model_state.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = {path: jnp.asarray(a, jnp.float64) for path, a in params.items()}

@@ -67,7 +67,8 @@ def untied(model, params):
     return graphdef, buffers, copies
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=[pytest.mark.slow] if f != "channels_with_rank" else []) for f in FORMS])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_shared_layers_equal_layers_with_equal_weights(form, x64):
     config = dataclasses.replace(CONFIG, sharing=FORMS[form])
     model = Decoder(config, rngs=nnx.Rngs(0))

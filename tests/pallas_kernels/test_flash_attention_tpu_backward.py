@@ -68,7 +68,7 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 CASES = {
     "one": (1, 1, 1, 2, 1, 16, 16, F32, None, {}),
     "direct": (1, 300, 300, 2, 2, 80, 64, F32, (384, 128, 128), {"sinks": True}),
-    "spans_bfloat16": (1, 500, 500, 4, 2, 64, 64, BF16, (256, 128, 128), {}),
+    "more_spans_bfloat16": (1, 500, 500, 4, 2, 64, 64, BF16, (256, 128, 128), {}),
     "both_ways_longer_keys": (2, 129, 300, 2, 1, 24, 136, F32, (128, 128, 256), {"is_causal": False, "logits_soft_cap": 2.0}),
     "window_global": (1, 500, 300, 2, 2, 16, 16, F32, (256, 128, 256), {"local_window_size": 60, "global_tokens": 5, "sinks": True}),
     "more_split_heads": (1, 257, 257, 4, 1, 16, 16, F32, (128, 128, 128), {}),

@@ -156,7 +156,8 @@ COMPOSED = {
 RULES = {"seq, tensor, expert: as gpt4_moe_1p8t": {"res_seq": "seq,tensor", "embed": "fsdp,expert", "priority": "expert"}}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "seq" else pytest.mark.slow) for n in COMPOSED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPOSED)
 def test_composed(name, x64):
     sizes, rounds, count, config = COMPOSED[name]
     batch, keys = micro_batches(count, 8 if "seq" in name else T), keys_of(count) if config.dropout else None

@@ -54,12 +54,12 @@ def periods():
 def test_policies_are_ordered(periods):
     kept = {name: p.kept_bytes(lambda a: a.itemsize * a.shape[1] if len(a.shape) == 3 else 0) for name, p in periods.items()}
     assert kept["none"] > kept["dots"] > kept["full"]
-    # The form for CPUs makes a few products of a chunk again by itself.
-    assert periods["full"].recomputed == 1 and periods["none"].recomputed < 0.1
+    # All but the product that ends a layer. The form for CPUs makes a few products of a chunk again by itself.
+    assert 0.95 < periods["full"].recomputed <= 1 and periods["none"].recomputed < 0.1
     (full, again), (none, once) = periods["full"].flops, periods["none"].flops
     assert full == pytest.approx(none, rel=0.02) and again > 1.3 * once
 
 
 def test_full_recomputation_keeps_the_residual_stream_alone(periods):
     arrays = [a.shape for a in periods["full"].kept if len(a.shape) > 2]
-    assert arrays == [(1, 64, 32)]
+    assert set(arrays) == {(1, 64, 32)} and len(arrays) == 3, "what enters each layer"

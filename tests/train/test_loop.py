@@ -208,6 +208,7 @@ def start_and_signal(config, workdir, after_lines, number):
     return process.wait(60), "".join(output)
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_sigterm_saves_and_resumes_bit_for_bit(config, tmp_path):
     code, output = start_and_signal(config, tmp_path / "run", 5, signal.SIGTERM)

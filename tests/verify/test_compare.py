@@ -104,7 +104,8 @@ def test_parameters_do_not_depend_on_the_grouping_of_layers():
 def test_the_gap_is_what_it_takes_to_turn_a_choice(groups, top_groups):
     """A change of scores by less than half the gap turns no choice; one of more than the gap, in the right places, turns one."""
     config = types.SimpleNamespace(
-        router="sigmoid", groups=groups, top_groups=top_groups, top_k=2, normalize_weights=False, routed_scaling=1.0
+        router="sigmoid", groups=groups, top_groups=top_groups, top_k=2, normalize_weights=False, routed_scaling=1.0,
+            group_score="top2",
     )  # fmt: skip
     scores = np.random.default_rng(0).uniform(0.2, 0.8, (1, 40, 6)).astype(np.float32)
     valid, logits = np.ones((1, 40), bool), np.log(scores / (1 - scores))

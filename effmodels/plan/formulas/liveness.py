@@ -113,11 +113,12 @@ def period(resolved, kinds, remat, time, chip):
             total = jnp.zeros((), jnp.float32)
             for i, (graph, state) in enumerate(zip(graphs, states)):
                 ctx = Ctx(segment_ids_BT=ids, positions_BT=ids, layer=jnp.int32(i))
-                x, aux = nnx.merge(graph, state)(x, ctx)
+                layer = stack.checkpointed(lambda state, x, graph=graph, ctx=ctx: nnx.merge(graph, state)(x, ctx), remat, in_scan=True)
+                x, aux = layer(state, x)
                 total += sum(aux.losses.values()) if aux is not None else 0.0
             return x, total
 
-        out, backward = jax.vjp(stack.checkpointed(layers, remat, in_scan=True), states, x)
+        out, backward = jax.vjp(layers, states, x)
         inputs = {id(v) for v in jax.tree.leaves((states, ids))}
         found["kept"] = list({id(v): v for v in jax.tree.leaves(backward) if id(v) not in inputs and hasattr(v, "shape")}.values())
         found["kept"] = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in found["kept"]]

@@ -87,8 +87,8 @@ def _weights(run):
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
-        # Between the recomputation and the gradients of a longer period the compiler drops what it gathered, but for experts' weights.
-        again = ("recomputed",) if place and (piped or period > 1 and not experts) and run.config.model.remat != "none" else ()
+        # A layer's gradients use what its recomputation gathered; over a tick of a pipeline the compiler drops it.
+        again = ("recomputed",) if place and piped and run.config.model.remat != "none" else ()
         for phase in ("forward", *again, "backward"):
             yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
         if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
@@ -169,11 +169,11 @@ def _activations(run):
             for name in ("mixer", "channel"):
                 into, out = _matrix_axes(run, f"segments.{index}.blocks.{place}.{name}.", rows)
                 part = label(getattr(kind, name))
-                forward += [(into, part)] if into else []
+                forward += [(into, part)] if into and (name == "mixer" or run.stages > 1) else []
                 yield from _sum(run, into, whole, times, part, "forward")
                 yield from _sum(run, out, whole, times, part, "backward")
-        if recomputes(run, "embed"):  # nobody needs the last one again
-            for into, part in forward[:-1]:
+        if recomputes(run, "embed"):  # nobody needs the last one of a layer again, and in a pipeline of all layers of a tick
+            for into, part in forward[:-1] if run.stages > 1 else forward:
                 yield from _sum(run, into, whole, times, part, "recomputed")
     over = tuple(a for a in run.over("vocab") if a not in rows)
     if over and c.vocab_size % run.size(over) == 0:
