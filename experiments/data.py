@@ -19,7 +19,7 @@ _CHARS = flags.DEFINE_integer("chars", 600, "Characters of each document to prin
 
 def show(config, *, split="train", batch=0, rows=2, chars=600, out=print):
     """Prints the figures of the data of a config and some rows of one of its batches."""
-    prepared = effmodels.data.prepare(config.data, config.seq_len, log=out)
+    prepared = effmodels.data.prepare(config.data, config.seq_len, images=_images(config), log=out)
     _show_corpus(prepared, out)
     batches = effmodels.data.batches(prepared, batch_size=config.batch_size, seed=config.seed, split=split, start=batch, threads=0,
                                      repeat=split == "train")
@@ -32,6 +32,16 @@ def show(config, *, split="train", batch=0, rows=2, chars=600, out=print):
         f"({used / arrays['weights'].size:.2%}), {int(arrays['target_bytes'].sum())} bytes")
     for r in range(min(rows, len(arrays["tokens"]))):
         _show_row(r, {name: value[r] for name, value in arrays.items()}, prepared, chars, out)
+
+
+def _images(config):
+    """What the model wants of its images, or None."""
+    if not config.get("model", {}).get("media"):
+        return None
+    from effmodels.train.run_config import RunConfig
+    from effmodels.train.sources import image_spec
+
+    return image_spec(RunConfig.from_mapping(config).model)
 
 
 def _show_corpus(prepared, out):
@@ -53,7 +63,7 @@ def _show_row(r, row, prepared, chars, out):
     out(f"\n=== row {r}: window {int(row['window'])}, {int(row['weights'].sum())} targets")
     for s, (name, offset, size) in enumerate(effmodels.data.trace(row, prepared), start=1):
         ids = row["tokens"][np.flatnonzero(row["segment_ids"] == s)]
-        text = prepared.tokenizer.decode(ids)
+        text = prepared.tokenizer.decode(ids[ids < prepared.tokenizer.vocab_size])  # an image has an id of its own
         rest = f" [... {len(text) - chars} more characters]" if chars and len(text) > chars else ""
         out(f"--- document {s}: {name}, bytes {offset}..{offset + size}, {len(ids)} tokens\n{text[:chars] if chars else text}{rest}")
 

@@ -11,7 +11,8 @@ and imports neither TFDS nor a tokenizer library that it does not need.
     baselines(prepared)                                # {"unigram_bits_per_byte", "gzip_bits_per_byte"} of the validation split
 
 Fields of config.data (`defaults()` gives them with their values):
-    name              "local", or a TFDS dataset such as "lm1b" or "wiki40b/en"
+    name              "local", or a TFDS dataset such as "lm1b" or "wiki40b/en"; for a model that reads images "shapes", "digits",
+                      "idx_digits" or "idx_fashion" (images.registry)
     paths             files, folders, globs: text of any extension, .gz, .jsonl, .jsonl.gz, .parquet; empty: Python's standard library
     column            field of .jsonl records, column of .parquet files, feature of a TFDS dataset
     train_split, validation_split, data_dir            TFDS datasets only
@@ -23,11 +24,12 @@ Fields of config.data (`defaults()` gives them with their values):
     cache_dir         empty: $EFFMODELS_DATA, else ~/.cache/effmodels
 '''
 from effmodels.data.api import Prepared, baselines, batches, import_libraries, prepare, trace
+from effmodels.data.images.preprocess import ImageSpec
 from effmodels.data.options import DataError, defaults
 from effmodels.data.options import resolve as check
 from effmodels.data.storage import DamagedError
 from effmodels.data.tokenizer import Tokenizer, from_dict, load
 from effmodels.data.windows import HOST_KEYS
 
-__all__ = ["HOST_KEYS", "DamagedError", "DataError", "Prepared", "Tokenizer", "baselines", "batches", "check", "defaults",
+__all__ = ["HOST_KEYS", "DamagedError", "DataError", "ImageSpec", "Prepared", "Tokenizer", "baselines", "batches", "check", "defaults",
            "from_dict", "import_libraries", "load", "prepare", "trace"]

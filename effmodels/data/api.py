@@ -30,15 +30,20 @@ def import_libraries():
     from effmodels.data import tfds_text  # noqa: F401
 
 
-def prepare(config_data, seq_len, *, log=print):
-    """Builds what is missing of corpus, tokenizer and windows of `seq_len` tokens; well under a second when all is there."""
-    options = fields.resolve(config_data)
+def prepare(config_data, seq_len, *, images=None, log=print):
+    """Builds what is missing of corpus, tokenizer and windows of `seq_len` tokens; well under a second when all is there.
+
+    images: the `ImageSpec` of a model that reads images.
+    """
+    options = fields.resolve(config_data, images=images is not None)
     if seq_len < 1:
         raise DataError(f"seq_len={seq_len} must be at least 1.")
     spec = tokenizers.parse(options["tokenizer"])
     weights = tuple(source["weight"] for source in options["sources"])
     pipeline.Mixture(weights)  # refuses weights without a short period before anything is written
     cache, start = fields.cache_dir(options), time.monotonic()
+    if images is not None:
+        return _prepare_images(options, spec, seq_len, images, cache, log)
     with storage.lock(cache, log):
         found = [corpora.prepare(source, cache, log) for source in options["sources"]]
         tokenizer = _tokenizer(spec, found, options, cache, log)
@@ -48,6 +53,21 @@ def prepare(config_data, seq_len, *, log=print):
     log(f"data: {info['windows']} windows of {seq_len} ({info['packing']}, {info['efficiency']:.1%} filled), {info['tokens']} tokens, "
         f"{info['bytes_per_token']:.2f} bytes/token, corpus {info['corpus_hash'][:12]}; ready in {time.monotonic() - start:.2f} s")
     return Prepared(tokenizer, sets["train"], sets["validation"], weights, info, cache)
+
+
+def _prepare_images(options, spec, seq_len, images, cache, log):
+    from effmodels.data.images import corpus, rows
+
+    start = time.monotonic()
+    with storage.lock(cache, log):
+        found = corpus.prepare(options["sources"][0], cache, log)
+        tokenizer = _tokenizer(spec, [found], options, cache, log)
+        folder = rows.prepare(found, tokenizer, seq_len, images, cache, log)
+    sets = {split: rows.ImageRows(folder, split, tokenizer, images) for split in corpora.SPLITS}
+    info = rows.info(found, folder, tokenizer, options, seq_len)
+    log(f"data: {info['windows']} rows of {seq_len} with {info['documents']} images ({info['efficiency']:.1%} filled), "
+        f"ready in {time.monotonic() - start:.2f} s")
+    return Prepared(tokenizer, sets["train"], sets["validation"], (1.0,), info, cache)
 
 
 def batches(
@@ -148,6 +168,8 @@ def _counts(window_set):
 
 def _source_name(prepared, source_id):
     """Names are kept with the token streams, which sources number first by corpus, then training before validation."""
+    if not isinstance(prepared.train, windows.WindowSet):
+        return prepared.train.source_name(source_id)
     for folder in prepared.train.folders:
         stream = storage.ArrayFolder(prepared.cache / "tokens" / folder.meta["stream"], verify=False)
         for split in corpora.SPLITS:

@@ -4,8 +4,10 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from effmodels.data.images.registry import IMAGE_SOURCES, get_source
+
 DEFAULTS = {
-    "name": "local",  # "local": the files under `paths`; any other name: that TFDS dataset, e.g. "lm1b"
+    "name": "local",  # "local": the files under `paths`; a source of images (IMAGE_SOURCES); any other name: that TFDS dataset, e.g. "lm1b"
     "paths": (),  # files, folders, globs; empty: the running Python's own standard library
     "column": "text",  # field of .jsonl records, column of .parquet files, feature of a TFDS dataset
     "train_split": "train",  # TFDS datasets only
@@ -38,8 +40,11 @@ def nearest(given, known):
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(str, known))}."
 
 
-def resolve(config):
-    """Checked fields of `config.data` (a ConfigDict, a mapping or None), each present; `sources` lists the corpora with their weights."""
+def resolve(config, images=None):
+    """Checked fields of `config.data` (a ConfigDict, a mapping or None), each present; `sources` lists the corpora with their weights.
+
+    images: whether the model reads images, which then must be what the data are; None: not known yet.
+    """
     fields = _fields(config, DEFAULTS, "config.data")
     options = {**DEFAULTS, **fields}
     if options["packing"] not in PACKINGS:
@@ -50,7 +55,19 @@ def resolve(config):
         raise DataError("config.data.mixture must be a tuple of dicts such as {'paths': ('a',), 'weight': 2.0}, "
                         f"but it is a {type(mixture).__name__}.")
     options["sources"] = tuple(_source(base, entry, i) for i, entry in enumerate(mixture))
+    _check_images(options, images)
     return options
+
+
+def _check_images(options, images):
+    names = [source["name"] for source in options["sources"]]
+    found = [name for name in names if name in IMAGE_SOURCES]
+    if len(found) and len(names) > 1:
+        raise DataError(f"config.data.mixture: {found[0]!r} is a source of images, which is read alone; leave mixture empty.")
+    if images and not found:
+        raise DataError(f"model.media is set, but config.data.name={names[0]!r} has no images; use one of {', '.join(IMAGE_SOURCES)}.")
+    if images is False and found:
+        raise DataError(f"config.data.name={found[0]!r} is a source of images, but the model reads none; set model.media, or another name.")
 
 
 def cache_dir(options):
@@ -70,7 +87,10 @@ def _fields(config, known, where):
 def _source(base, entry, i):
     source = {"weight": 1.0, **base, **_fields(entry, MIXTURE_FIELDS, f"config.data.mixture[{i}]")}
     source["paths"] = (source["paths"],) if isinstance(source["paths"], (str, os.PathLike)) else tuple(source["paths"])
-    if source["name"] != "local" and source["paths"]:
+    if source["name"] in IMAGE_SOURCES:
+        if source["paths"] and not get_source(source["name"]).reads_paths:
+            raise DataError(f"config.data.name={source['name']!r} reads no files, but paths={source['paths']} is given; leave it empty.")
+    elif source["name"] != "local" and source["paths"]:
         raise DataError(f"config.data.name={source['name']!r} names a TFDS dataset, but paths={source['paths']} is given too. "
                         "Use name='local' for files, or leave paths empty.")
     if not 0 <= source["holdout"] < 1:

@@ -41,10 +41,10 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 
 def write(folder, splits, split_documents):
     """Writes the splits below `folder`; returns the folder of the shards, relative to it."""
-    with _quiet():
+    with quiet():
         builder = LocalText(splits=splits, split_documents=split_documents, data_dir=os.fspath(folder))
     try:
-        with _quiet():
+        with quiet():
             builder.download_and_prepare()
     except Exception:
         if builder.failure is not None:
@@ -55,7 +55,7 @@ def write(folder, splits, split_documents):
 
 def read(folder, split):
     """Random access to {"name", "offset", "text"} of a folder that `write` made; text is bytes."""
-    with _quiet():
+    with quiet():
         builder = tfds.builder_from_directory(os.fspath(folder))
         return builder.as_data_source(split) if split in builder.info.splits else ()
 
@@ -109,7 +109,7 @@ def open_split(builder, split, column):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """TFDS prints, logs and draws a bar; ours is one progress line (written past this redirection by the caller)."""
     from tensorflow_datasets.core.utils import tqdm_utils
 
