@@ -1,5 +1,6 @@
 """Decoding with a carried state: prefill once, then one step per token; never the prefix again."""
 from effmodels.decode.generate import generate, stream
 from effmodels.decode.sampling import sample
+from effmodels.decode.speculative import Speculation, speculate
 
-__all__ = ["generate", "sample", "stream"]
+__all__ = ["Speculation", "generate", "sample", "speculate", "stream"]

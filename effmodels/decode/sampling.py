@@ -10,17 +10,25 @@ def sample(logits_BV, key=None, *, temperature=0.0, top_k=None, top_p=None, voca
     vocab_size: only ids below it (a model's table may be larger than its tokenizer's). Raises ValueError for values out of range.
     """
     check(temperature, top_k, top_p)
+    logits_BV = adjusted(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, vocab_size=vocab_size)
+    if temperature == 0.0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def adjusted(logits_BV, *, temperature=0.0, top_k=None, top_p=None, vocab_size=None):
+    """Logits [..., V] whose softmax `sample` draws from (temperature 0: whose largest it takes); what is excluded is -inf."""
     if vocab_size is not None and vocab_size < logits_BV.shape[-1]:
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
     if temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return logits_BV
     logits_BV = logits_BV / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
+        least_B1 = jax.lax.top_k(logits_BV, top_k)[0][..., -1:]
         logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     if top_p is not None and top_p < 1.0:
         logits_BV = _nucleus(logits_BV, top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    return logits_BV
 
 
 def _nucleus(logits_BV, top_p):

@@ -92,14 +92,14 @@ def _block(rows, keys, *, top_k, scale, head_axes):
     logits = scale * jnp.einsum(
         "btkgh,btckh->btkgc", q_BTNH.reshape(B, T, K, N // K, H), take(k_BSKH, ids_BTk), preferred_element_type=wide
     )  # fmt: skip
-    weights = _softmax(logits, chosen_BTk[:, :, None, None])
+    weights = softmax(logits, chosen_BTk[:, :, None, None])
     out = jnp.einsum("btkgc,btckp->btkgp", weights.astype(v_BSKP.dtype), take(v_BSKP, ids_BTk), preferred_element_type=wide)
     target_BTk = jax.lax.stop_gradient(weights.sum((2, 3)))
     target_BTk = jax.lax.psum(target_BTk, head_axes) if head_axes else target_BTk
     return out.reshape(B, T, N, -1).astype(q_BTNH.dtype), _divergence(target_BTk, top_BTk, chosen_BTk)
 
 
-def _softmax(logits, seen):
+def softmax(logits, seen):
     """Over the last dim; zeros where nothing is seen."""
     logits = jnp.where(seen, logits, -jnp.inf)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
