@@ -57,6 +57,12 @@ def small(c):
     c.eval.batches, c.log.every_steps = 4, 5
 
 
+def small_media(c):
+    """Cuts the encoder and the resampler of a model down likewise: eight entries of 64 numbers for an image of 32 x 32 pixels."""
+    c.model.media.encoder.update({"image_size": 32, "patch": 8, "width": 64, "num_layers": 2, "num_heads": 4})
+    c.model.media.resampler.update({"latents": 8, "width": 64, "num_layers": 2, "num_heads": 4, "head_dim": 16})
+
+
 def window_stages(num_layers, windows, **fields):
     """(pattern, mixers) of attention whose window depends on the depth: equal stages of layers, None = all keys. fields: of every mixer.
 
@@ -133,7 +139,7 @@ def ring_linear(layers, d_model, heads, group, inner, expert):
         channel=("moe",),
         prefix=(("lightning", "mlp"),),
         mixers={
-            "lightning": {"num_heads": heads, "head_dim": 128, "norm_groups": 4, "rope_theta": 600_000.0},
+            "lightning": {"num_heads": heads, "head_dim": 128, "norm_groups": 4, "rope_theta": 600_000.0, "layer_factor": "ring"},
             "attention": {"num_heads": heads, "num_kv_heads": 4, "head_dim": 128, "qk_norm": True, "rotary_fraction": 0.5,
                           "rope_theta": 600_000.0},
         },
@@ -165,10 +171,14 @@ def model(**fields):
         "mixers": ConfigDict({}),  # name = {"kind": registry name (default: the name), **fields of its Config}
         "channels": ConfigDict({}),
         "sharing": ConfigDict({}),  # layers that use the same weights: {"channel": "neighbours:2", "rank": 8} (effmodels.models.sharing)
+        "mtp": ConfigDict({}),  # modules that predict further tokens: {"depth": 1, "weight": 0.3} (effmodels.models.mtp)
+        "media": ConfigDict({}),  # images beside the text: {"encoder": {"kind": "vit"}, "fusion": "gate"} (effmodels.multimodal.media)
         "norm": "rmsnorm",
         "norm_eps": 1e-6,
+        "norm_offset": 0.0,  # added to the scales of norms; 1: scales are learned around zero
         "norm_position": "pre",
         "residual": "serial",
+        "residual_scales": ConfigDict({}),  # {"moe": (3.5, 1.0)}: after this mixer the stream is 3.5 x + f, not x + f
         "tie_embeddings": False,
         "embed_scale": 1.0,
         "learned_positions": 0,  # rows of a learned table of positions; 0: none

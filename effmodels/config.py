@@ -100,10 +100,14 @@ class ModelConfig:
     mixers: FrozenDict = FrozenDict()
     channels: FrozenDict = FrozenDict()
     sharing: FrozenDict = FrozenDict()  # layers that use the same weights: see models.sharing
+    mtp: FrozenDict = FrozenDict()  # modules that predict further tokens: see models.mtp
+    media: FrozenDict = FrozenDict()  # images beside the text: see multimodal.media
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to the scales of norms, of queries and keys too; 1: scales are learned around zero
     norm_position: str = "pre"
     residual: str = "serial"
+    residual_scales: FrozenDict = FrozenDict()  # name of a mixer or channel mixer -> (a, b): the stream is a x + b f; others: x + f
     tie_embeddings: bool = False
     embed_scale: float = 1.0  # multiplies the embedding on the way in; sqrt(d_model) gives a residual stream of size one
     learned_positions: int = 0  # rows of a learned table that is added to the embedding (GPT-2); no row can be longer. 0: none
@@ -119,7 +123,7 @@ class ModelConfig:
 
     def __post_init__(self):
         # A direct ModelConfig(mixers={...}, pattern=[...]) is as hashable as one from a file.
-        for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels", "sharing"):
+        for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels", "sharing", "mtp", "media", "residual_scales"):
             value = plain(getattr(self, field))
             object.__setattr__(self, field, (value,) if isinstance(value, str) else value)
         _check_remat(self.remat)
@@ -132,6 +136,8 @@ class ModelConfig:
         for field in ("pattern", "channel"):
             if not getattr(self, field):
                 raise ConfigError(f"model.{field}: expected at least one name, got {getattr(self, field)!r}.")
+        if self.residual == "parallel" and (self.norm_position == "input" or self.residual_scales):
+            raise ConfigError("model.residual='parallel': norm_position='input' and residual_scales are of a serial residual only.")
         if self.learned_positions < 0:
             raise ConfigError(f"model.learned_positions: expected a number of positions, or 0 for none, got {self.learned_positions}.")
         if self.logits_soft_cap is not None and self.logits_soft_cap <= 0:
@@ -152,7 +158,7 @@ class ModelConfig:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
-    "norm_position": ("pre", "post", "sandwich"),
+    "norm_position": ("pre", "post", "sandwich", "input"),
     "residual": ("serial", "parallel"),
     "param_dtype": DTYPES,
     "compute_dtype": DTYPES,

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, perhaps with an argument: configs/moe_1b.py:small")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a run (train: default runs/<config>[-arg])")
+_ROPE_SCALING = flags.DEFINE_string("rope_scaling", None, "of a loaded model, for longer rows: kind=yarn,factor=4,original_length=512")
 
 
 def run(main, *required):
@@ -76,14 +77,37 @@ def default_workdir(config_filename):
 
 
 def load_model(source, *, step=None, dtype=None):
-    """(model, tokenizer, step or None) of a run's folder, or of a Hugging Face folder; dtype: of the latter's weights."""
+    """(model, tokenizer, step or None) of a run's folder, or of a Hugging Face folder; dtype: of the latter's weights.
+
+    With --rope_scaling the model is made ready for longer rows.
+    """
     from effmodels import interop
+    from effmodels.train.by_position import with_rope_scaling
     from effmodels.train.restore import RUN_FILE, load_run
 
     folder = pathlib.Path(source).expanduser()
     if (folder / "config.json").exists() and not (folder / RUN_FILE).exists():
-        return (*interop.load_pretrained(folder, dtype=dtype), None)
-    return load_run(source, step=step, log=lambda text: print(text, file=sys.stderr))
+        model, tokenizer, step = *interop.load_pretrained(folder, dtype=dtype), None
+    else:
+        model, tokenizer, step = load_run(source, step=step, log=lambda text: print(text, file=sys.stderr))
+    scaling = rope_scaling()
+    return model if scaling is None else with_rope_scaling(model, scaling), tokenizer, step
+
+
+def rope_scaling():
+    """The mapping that --rope_scaling=name=value,... describes, or None."""
+    from effmodels.config import ConfigError
+
+    if _ROPE_SCALING.value is None:
+        return None
+    found = {}
+    for part in _ROPE_SCALING.value.split(","):
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not value:
+            raise ConfigError(f"--rope_scaling: expected kind=yarn,factor=4,..., got {part!r}.")
+        number = re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value)
+        found[name] = value if number is None else float(value) if {".", "e"} & set(value) else int(value)
+    return found
 
 
 def user_errors():

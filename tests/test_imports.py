@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "layers": {"config", "registry", "parallel"},
     "mixers": {"config", "registry", "parallel", "layers"},
     "channel": {"config", "registry", "parallel", "layers", "mixers"},
-    "models": {"config", "registry", "parallel", "layers", "mixers", "channel"},
-    "decode": {"config", "registry", "parallel", "layers", "mixers", "channel", "models"},
-    "interop": {"config", "registry", "parallel", "layers", "mixers", "channel", "models", "data"},
+    "multimodal": {"config", "registry", "parallel", "layers", "mixers", "channel"},
+    "models": {"config", "registry", "parallel", "layers", "mixers", "channel", "multimodal"},
+    "decode": {"config", "registry", "parallel", "layers", "mixers", "channel", "multimodal", "models"},
+    "interop": {"config", "registry", "parallel", "layers", "mixers", "channel", "multimodal", "models", "data"},
     "data": {"config", "registry"},
 }
 MAY_IMPORT["train"] = {*MAY_IMPORT["decode"], "decode", "interop", "data"}

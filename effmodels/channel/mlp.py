@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from effmodels.channel.base import ACTIVATIONS, ChannelMixer
+from effmodels.channel.base import ACTIVATIONS, ChannelMixer, activation
 from effmodels.config import ConfigError, nearest
 from effmodels.layers.linear import dot
 from effmodels.layers.param import param, zeros
@@ -20,6 +20,8 @@ class MLP(ChannelMixer):
         hidden: int | None = None  # None: 4 d_model, or 8/3 d_model when gated, rounded up to a multiple of 64
         activation: str = "swiglu"
         bias: bool = False
+        swiglu_alpha: float = 1.702  # of "swiglu_clamped"
+        swiglu_limit: float = 7.0  # likewise
 
     @classmethod
     def check(cls, config, env):
@@ -27,6 +29,8 @@ class MLP(ChannelMixer):
             raise ConfigError(f"mlp.activation: unknown {config.activation!r}.{nearest(config.activation, ACTIVATIONS)}")
         if config.hidden is not None and config.hidden < 1:
             raise ConfigError(f"mlp: expected hidden >= 1 or None, got {config.hidden}.")
+        if config.swiglu_limit <= 0:
+            raise ConfigError(f"mlp: expected swiglu_limit > 0, got {config.swiglu_limit}.")
 
     def __init__(self, config, env, *, rngs):
         self.config = config
@@ -42,8 +46,8 @@ class MLP(ChannelMixer):
             self.b_out = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
 
     def __call__(self, x_BTD, ctx):
-        activation, inputs = ACTIVATIONS[self.config.activation]
-        h_BTF = activation(*(self._linear("BTD,DF->BTF", x_BTD, name) for name in ("in", "up")[:inputs]))
+        function, inputs = activation(self.config)
+        h_BTF = function(*(self._linear("BTD,DF->BTF", x_BTD, name) for name in ("in", "up")[:inputs]))
         y_BTD = self._linear("BTF,FD->BTD", shard(h_BTF, "batch", "seq", "act_mlp"), "out")
         return shard(y_BTD, "batch", "res_seq", "act_embed"), None
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.channel import routers
-from effmodels.channel.base import ACTIVATIONS, ChannelMixer, LayerAux
+from effmodels.channel.base import ACTIVATIONS, ChannelMixer, LayerAux, activation
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.config import ConfigError, nearest
 from effmodels.layers.param import Buffer, ParamInfo, param, zeros
@@ -29,8 +29,12 @@ class MoE(ChannelMixer):
         top_k: int = 2
         hidden: int | None = None  # ffn width of one expert
         activation: str = "swiglu"
+        swiglu_alpha: float = 1.702  # of "swiglu_clamped"
+        swiglu_limit: float = 7.0  # likewise
+        bias: bool = False  # every matrix of every expert, shared ones too, has a bias
         router: str = "softmax"  # or "sigmoid"
-        normalize_weights: bool = True  # the k weights of a token sum to routed_scaling
+        normalize_weights: bool = True  # the k weights of a token sum to routed_scaling,
+        weights_eps: float = 1e-20  # but for this, which is added to what they are divided by (LFM2: 1e-6)
         routed_scaling: float = 1.0
         groups: int = 1  # group-limited choice: the experts form this many groups,
         top_groups: int = 1  # and a token may use this many of them
@@ -70,6 +74,8 @@ class MoE(ChannelMixer):
             raise ConfigError(f"moe: expected capacity_factor > 0 or None (dropless), got {c.capacity_factor}.")
         if not c.shared_experts and (c.shared_gate or c.shared_hidden is not None):
             raise ConfigError("moe: shared_gate and shared_hidden need shared_experts >= 1.")
+        if c.swiglu_limit <= 0:
+            raise ConfigError(f"moe: expected swiglu_limit > 0, got {c.swiglu_limit}.")
         if c.shared_experts < 0 or (c.hidden is not None and c.hidden < 1):
             raise ConfigError(f"moe: expected shared_experts >= 0 and hidden >= 1, got {c.shared_experts} and {c.hidden}.")
 
@@ -84,6 +90,11 @@ class MoE(ChannelMixer):
         if ACTIVATIONS[config.activation][1] == 2:
             self.w_up = make(rngs.params(), (E, D, F), ("expert", "embed", "expert_mlp"), in_dims=("embed",), batch_dims=("expert",))
         self.w_out = make(rngs.params(), (E, F, D), ("expert", "expert_mlp", "embed"), in_dims=("expert_mlp",), batch_dims=("expert",))
+        if config.bias:
+            vector = functools.partial(param, zeros, in_dims=(), batch_dims=("expert",), dtype=env.param_dtype)
+            for name in ("b_in", "b_up")[: ACTIVATIONS[config.activation][1]]:
+                setattr(self, name, vector(rngs.params(), (E, F), ("expert", "expert_mlp")))
+            self.b_out = vector(rngs.params(), (E, D), ("expert", "norm"))
         if config.shared_experts:
             self.shared = MLP(_shared_config(config, env), env, rngs=rngs)
         if config.shared_gate:
@@ -107,12 +118,14 @@ class MoE(ChannelMixer):
         if c.capacity_factor is not None and ctx.mode == "train":
             limit = capacity(c, x_BTD.shape[1])
             kept, dropped_BTk = routers.limit_capacity(routing, limit, ctx.layout)
-        activation, inputs = ACTIVATIONS[c.activation]
-        w_in = (self.w_in[...], self.w_up[...]) if inputs == 2 else (self.w_in[...],)
+        function, inputs = activation(c)
+        names = ("in", "up")[:inputs]
+        w_in = tuple(getattr(self, "w_" + n)[...] for n in names)
+        biases = tuple(getattr(self, "b_" + n)[...] for n in (*names, "out")) if c.bias else ()
         # Decoding has few rows, which a bound in multiples of their mean would not fit.
         y_BTD, overflow = expert_ffn(
-            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], activation, capacity=limit, exact=ctx.mode != "train",
-            return_overflow=True, implementation=self.env.implementation,
+            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], function, capacity=limit, exact=ctx.mode != "train",
+            biases=biases, return_overflow=True, implementation=self.env.implementation,
         )  # fmt: skip
         if c.shared_experts:
             y_BTD = y_BTD + self._shared(x_BTD, ctx)
@@ -142,15 +155,19 @@ class MoE(ChannelMixer):
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         D, E, F = env.d_model, config.num_experts, hidden_size(config, env)
-        expert = (ACTIVATIONS[config.activation][1] + 1) * D * F
-        shared = MLP.cost(_shared_config(config, env), env, seq_len).params if config.shared_experts else 0
-        shared += D * config.shared_gate
-        active = D * E + config.top_k * expert + shared
+        inputs = ACTIVATIONS[config.activation][1]
+        expert, biases = (inputs + 1) * D * F, (inputs * F + D) * config.bias
+        shared = MLP.cost(_shared_config(config, env), env, 1) if config.shared_experts else Cost(0, 0, 0, 0)
+        shared_matrices = int(shared.flops) // 2 + D * config.shared_gate
+        shared_vectors = shared.params - int(shared.flops) // 2
+        active = D * E + config.top_k * expert + shared_matrices
+        vectors = E * config.router_bias + shared_vectors
+        # A row finds its expert's biases as a product with all of them.
         return Cost(
-            params=D * E + E * expert + shared + E * config.router_bias,
-            active_params=active + E * config.router_bias,
+            params=D * E + E * (expert + biases) + shared_matrices + vectors,
+            active_params=active + config.top_k * biases + vectors,
             flops=2 * active * seq_len,
-            dense_flops=2 * (active + (E - 1) * config.top_k * expert) * seq_len,
+            dense_flops=2 * (active + config.top_k * ((E - 1) * expert + E * biases)) * seq_len,
             decode_flops=2 * active,
         )
 
@@ -161,4 +178,7 @@ def capacity(config, seq_len):
 
 
 def _shared_config(config, env):
-    return MLP.Config(hidden=config.shared_hidden or config.shared_experts * hidden_size(config, env), activation=config.activation)
+    return MLP.Config(
+        hidden=config.shared_hidden or config.shared_experts * hidden_size(config, env), activation=config.activation, bias=config.bias,
+        swiglu_alpha=config.swiglu_alpha, swiglu_limit=config.swiglu_limit,
+    )  # fmt: skip

@@ -2,8 +2,10 @@
 from effmodels.registry import load
 
 CHANNELS = {
+    "gated_mlp": "effmodels.channel.gated_mlp:GatedMLP",
     "mlp": "effmodels.channel.mlp:MLP",
     "moe": "effmodels.channel.moe:MoE",
+    "none": "effmodels.channel.none:NoChannel",
 }
 
 

@@ -43,7 +43,7 @@ def route(logits_BTE, bias_E, valid_BT, config, given_BTk=None):
         ids_BTk = jnp.where(given_BTk < 0, ids_BTk, given_BTk)
     weights_BTk = _at(scores_BTE, ids_BTk)
     if config.normalize_weights:
-        weights_BTk = weights_BTk / (jnp.sum(weights_BTk, axis=-1, keepdims=True) + 1e-20)
+        weights_BTk = weights_BTk / (jnp.sum(weights_BTk, axis=-1, keepdims=True) + config.weights_eps)
     weights_BTk = weights_BTk * config.routed_scaling
     ids_BTk = jnp.where(valid_BT[..., None], ids_BTk, E).astype(jnp.int32)
     return Routing(ids_BTk, jnp.where(valid_BT[..., None], weights_BTk, 0.0), scores_BTE, logits_BTE)

@@ -1,7 +1,8 @@
 """How an array of the outside is laid out in ours: renamed dims, nothing but views and copies, so that every bit comes back.
 
 "THEIRS -> OURS": letters are dims, parentheses merge neighbours into one dim, a bracket marks what is concatenated there. With q, k and v
-of heads N that lie one after another in each head: three pieces "(N [H]) D -> D N H" share one tensor. "[1]" is a place of size one.
+of heads N that lie one after another in each head: three pieces "(N [H]) D -> D N H" share one tensor. "1" is a dim of size one that we
+do not have, "[1]" a place of size one.
 """
 import dataclasses
 import functools
@@ -27,6 +28,7 @@ class Layout:
 
     def solve(self, shape, sizes):
         """`sizes` with what our array's shape tells; a merged dim gives one unknown letter. ValueError when the two disagree."""
+        sizes["1"] = 1
         if len(shape) != len(self.ours):
             raise ValueError(f"our array has {len(shape)} dims, the layout {len(self.ours)}")
         for size, letters in zip(shape, self.ours):
@@ -42,7 +44,7 @@ class Layout:
 
     def place(self, sizes):
         """The size of the bracket; 1 without one."""
-        return math.prod(sizes[x] for x in self.bracket or () if x != "1")
+        return math.prod(sizes[x] for x in self.bracket or ())
 
     def shape(self, sizes, total):
         """Shape of their tensor, whose bracket holds `total`."""
@@ -51,9 +53,8 @@ class Layout:
     def take(self, tensor, sizes, total, at):
         """Our array of their tensor: the part at `at` of the bracket, dims in our order; a view where our dims are not merged."""
         part = self._part(tensor, sizes, total, at)
-        split = part.reshape([1 if x == "1" else sizes[x] for x in self._order()])
         letters = [x for x in self._order() if x != "1"]
-        split = split.reshape([sizes[x] for x in letters])
+        split = part.reshape([sizes[x] for x in letters])
         ordered = split.transpose([letters.index(x) for dim in self.ours for x in dim])
         return ordered.reshape([math.prod(sizes[x] for x in dim) for dim in self.ours])
 

@@ -35,6 +35,7 @@ def load_pretrained(path, *, dtype=None, mesh=None, rules=None, overrides=None):
     """
     folder = Folder(path)
     family, config = model_config(folder.config)
+    config = config if family.seen is None else family.seen(config, folder.names())
     kept = dtype is None
     dtype = _main_dtype(folder) if kept else jnp.dtype(dtype).name
     config = {**config, "param_dtype": dtype, "compute_dtype": dtype, **(overrides or {})}
@@ -104,7 +105,7 @@ def _main_dtype(folder):
 
 
 def _match(folder, family, entries, resolved):
-    """(entries under the file's names, {prefixed, duplicate}); InteropError unless every tensor is used exactly once and fits."""
+    """(entries under the file's names, {prefixed, duplicate, copies}); InteropError unless every tensor is used exactly once and fits."""
     names = set(folder.names())
     prefixed = not family.prefix or any(n.startswith(family.prefix) for n in names)
     entries = entries if prefixed else [_renamed(e, family.prefix) for e in entries]
@@ -112,8 +113,11 @@ def _match(folder, family, entries, resolved):
     duplicate = None
     if resolved.config.tie_embeddings:
         duplicate = _tied_copy(folder, family, wanted, prefixed)
+    copies = {} if family.copies is None else family.copies(resolved)
+    copies = copies if prefixed else {n.removeprefix(family.prefix): o.removeprefix(family.prefix) for n, o in copies.items()}
+    copies = {n: o for n, o in copies.items() if n in names}
     missing = [n for n in wanted if n not in names]
-    extra = [n for n in folder.names() if n not in wanted and n != duplicate and not family.ignores(n)]
+    extra = [n for n in folder.names() if n not in wanted and n != duplicate and n not in copies and not family.ignores(n)]
     shaped = [
         f"{n} is {list(folder.shape(n))} and config.json asks for {list(e.shape)}"
         for n, e in wanted.items() if n in names and folder.shape(n) != e.shape
@@ -123,7 +127,10 @@ def _match(folder, family, entries, resolved):
     if any(problems):
         text = "; ".join(filter(None, problems))
         raise InteropError(f"{folder.path}: the tensors are not those of its {family.model_type} config: {text}.")
-    return entries, {"prefixed": prefixed, "duplicate": duplicate}
+    for name, original in copies.items():
+        if not _equal(folder.read(name), folder.read(original)):
+            raise InteropError(f"{folder.path}: {name} must repeat {original}, but they differ.")
+    return entries, {"prefixed": prefixed, "duplicate": duplicate, "copies": copies}
 
 
 def _tied_copy(folder, family, wanted, prefixed):

@@ -6,13 +6,14 @@ import json
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The model type and config.json of a folder; dtypes of tensors that are not our array's; whether names had the family's prefix;
-    the name of a head stored beside the embedding that it is tied to."""
+    the name of a head stored beside the embedding that it is tied to; other tensors that repeat one, by name."""
 
     model_type: str
     config: dict
     dtypes: dict = dataclasses.field(default_factory=dict)
     prefixed: bool = True
     duplicate: str | None = None
+    copies: dict = dataclasses.field(default_factory=dict)
 
     def to_json(self):
         """Text, which a module may carry as a static attribute."""

@@ -17,6 +17,12 @@ FAMILIES = {
     "olmoe": "effmodels.interop.families.qwen_moe:OLMOE",
     "deepseek_v2": "effmodels.interop.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "effmodels.interop.families.deepseek:DEEPSEEK_V3",
+    "gpt_oss": "effmodels.interop.families.gpt_oss:GPT_OSS",
+    "minimax": "effmodels.interop.families.minimax:MINIMAX",
+    "bailing_moe_linear": "effmodels.interop.families.bailing_linear:BAILING_LINEAR",
+    "mamba2": "effmodels.interop.families.mamba2:MAMBA2",
+    "qwen3_next": "effmodels.interop.families.qwen3_next:QWEN3_NEXT",
+    "lfm2_moe": "effmodels.interop.families.lfm2_moe:LFM2_MOE",
     "retnet": "effmodels.interop.families.retnet:FLA",
     "torchscale_retnet": "effmodels.interop.families.retnet:TORCHSCALE",
 }

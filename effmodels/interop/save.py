@@ -43,6 +43,8 @@ def save_pretrained(model, path, *, tokenizer=None, model_type=None, dtype=None,
         embedding = tensors[name] if entry.pieces[0].name == "embed" else embedding
     if origin is not None and origin.duplicate is not None:
         tensors[origin.duplicate] = embedding
+    copies = origin.copies if origin is not None else {} if family.copies is None else family.copies(model.resolved)
+    tensors |= {name: tensors[original] for name, original in copies.items()}
     shards = _shards(tensors, max_shard_bytes)
     _check_disk(path, sum(map(_nbytes, tensors.values())))
     path.mkdir(parents=True, exist_ok=True)
@@ -77,11 +79,13 @@ def _family(model, model_type):
 def export_fields(family, model):
     """config.json's fields of a model in a family; InteropError when they, read again, would give another model."""
     fields = family.write(model.resolved)
+    shapes = canonical_shapes(*_arrays(model))
     again = family.read(Fields(fields, family.model_type))
+    if family.seen is not None:
+        again = family.seen(again, [entry.theirs for entry in expand(family, shapes, model.resolved)])
     found = differences(model.config, again)
     if found:
         raise InteropError(f"its config cannot say {', '.join(found[:6])}")
-    shapes = canonical_shapes(*_arrays(model))
     expand(family, shapes, model.resolved)
     return fields
 

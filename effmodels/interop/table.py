@@ -9,12 +9,14 @@ from typing import Any
 
 from effmodels.interop import layout
 from effmodels.interop.errors import InteropError
+from effmodels.models import mtp
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One tensor name of the outside, "{i}" for the layer and "{e}" for an index of our first dim, and what of ours it holds.
 
+    "{m}" in our name is a module that predicts further tokens; outside, those are the layers behind the last, "{i}".
     ours: a canonical name (CONTRACTS section 4) or several, whose pieces share the tensor's bracket. spec: a layout per piece, None: alike.
     on: instances of mixers or channel mixers in whose layers the rule holds; (): wherever our arrays are.
     """
@@ -30,7 +32,8 @@ class Family:
     """One family. read(Fields) gives the mapping of a ModelConfig, write(Resolved) what config.json says of it.
 
     prefix: what most tensor names begin with and the files of a bare base model do not. ignore: patterns of tensors that are no
-    parameters (buffers that old files hold). sizes(ModelConfig): letters of layouts that our shapes do not tell.
+    parameters (buffers that old files hold). sizes(ModelConfig): letters of layouts that our shapes do not tell. seen(mapping, tensor
+    names): the mapping with what only the tensors tell. copies(Resolved): {tensor: the one that it repeats}.
     """
 
     model_type: str
@@ -41,6 +44,8 @@ class Family:
     prefix: str = ""
     ignore: tuple = ()
     sizes: Callable | None = None
+    seen: Callable | None = None
+    copies: Callable | None = None
 
     def ignores(self, name):
         """Whether a tensor is a known buffer without information."""
@@ -86,14 +91,15 @@ def expand(family, shapes, resolved):
     for rule in family.rules:
         names = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
         for i in _layers(rule, names, resolved):
-            ours = tuple(n.format(i=i) for n in names)
+            ours = tuple(n.format(i=i, m=i) for n in names)
             present = [n for n in ours if n in shapes]
             if not present:
                 continue
             if len(present) < len(ours):
                 missing = next(n for n in ours if n not in shapes)
                 raise InteropError(f"{family.model_type}: {rule.theirs} holds {', '.join(ours)}, and this model has no {missing}.")
-            entries += _entries(rule, i, ours, shapes, dict(base_sizes))
+            number = i if "{m}" not in names[0] else i + len(resolved.layers)
+            entries += _entries(rule, number, ours, shapes, dict(base_sizes))
             covered |= set(ours)
     homeless = [n for n in shapes if n not in covered]
     if homeless:
@@ -104,6 +110,10 @@ def expand(family, shapes, resolved):
 
 def _layers(rule, names, resolved):
     """The layers in which a rule may hold; (None,) for one that is not of layers."""
+    if "{m}" in names[0]:
+        kind = resolved.ahead
+        holds = kind is not None and (not rule.on or {kind.mixer.name, kind.channel.name} & set(rule.on))
+        return range(mtp.check(resolved.config.mtp).depth) if holds else ()
     if "{i}" not in names[0]:
         return (None,)
     return [i for i, kind in enumerate(resolved.layers) if not rule.on or {kind.mixer.name, kind.channel.name} & set(rule.on)]

@@ -1,4 +1,4 @@
-"""Short causal convolution of every channel by itself and swish, over the tokens of one document; over split rows too, and to decode.
+"""Short causal convolution of every channel by itself (and swish), over the tokens of one document; over split rows too, and to decode.
 
 Letters: B batch, T time, C channels (any number of dims), W taps, w = W - 1 tokens before.
 """
@@ -12,14 +12,14 @@ from effmodels.parallel.axes import shards
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = swish(sum over i < W of weight_i x_{t - w + i} (+ bias)): the last tap is the token itself.
+    """y_t = swish(sum over i < W of weight_i x_{t - w + i} (+ bias)): the last tap is the token itself. swish=False: the sum alone.
 
     A tap outside of the document, or on padding, is zero. Computed in float32 (float64 stays), returned in x's dtype.
     """
 
-    def __init__(self, shape, dims, act_dims, *, rngs, width=4, bias=False, param_dtype=jnp.float32):
+    def __init__(self, shape, dims, act_dims, *, rngs, width=4, bias=False, swish=True, param_dtype=jnp.float32):
         """shape: of the channels; dims, act_dims: their names in the parameter and in an activation."""
-        self.width, self.shape, self.act_dims = width, tuple(shape), tuple(act_dims)
+        self.width, self.shape, self.act_dims, self.swish = width, tuple(shape), tuple(act_dims), swish
         # No input dim: a tap is no linear map between features, which an optimiser of matrices would take it for.
         self.weight = param(_uniform, rngs.params(), (*shape, width), (*dims, None), in_dims=(), dtype=param_dtype)
         if bias:
@@ -82,7 +82,8 @@ class ShortConvolution(nnx.Module):
                 tap = jnp.where((joined & (there == here)).reshape(there.shape + (1,) * (tap.ndim - 2)), tap, 0)
                 joined &= (there == here) | (there == 0)
             y = y + tap * weight[..., w - back].astype(wide)
-        return jax.nn.silu(y if bias is None else y + bias.astype(wide)).astype(x_BTC.dtype)
+        y = y if bias is None else y + bias.astype(wide)
+        return (jax.nn.silu(y) if self.swish else y).astype(x_BTC.dtype)
 
 
 def _take(x_BTC, index_BS):

@@ -60,6 +60,16 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+def constant(value):
+    """Initialiser of a scale that starts at a number."""
+
+    def init(key, shape, dtype):
+        del key
+        return jnp.full(shape, value, dtype)
+
+    return init
+
+
 def zeros(key, shape, dtype):
     """Initialiser of biases and zero-gated branches."""
     del key

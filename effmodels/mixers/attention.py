@@ -50,13 +50,18 @@ class Attention(TokenMixer):
         window: int | None = None  # keys before the query, besides itself; None: all
         soft_cap: float | None = None
         sinks: bool = False  # one learned logit per head joins the softmax's denominator
-        bias: bool = False  # of queries, keys and values
+        bias: bool = False  # of queries, keys, values and the gate
         out_bias: bool = False
+        output_gate: bool = False  # what the heads return times sigmoid(x W_g), entry by entry (arXiv:2505.06708)
         scale: float | None = None  # None: head_dim^-1/2 (muP: 1/head_dim, tuned at the base width)
 
     @classmethod
     def fills(cls, config, max_len):
         return config.window is None or max_len <= config.window
+
+    @classmethod
+    def rolls_back(cls, config):
+        return config.window is None  # a ring's slots have lost what they held before
 
     @classmethod
     def check(cls, config, env):
@@ -91,16 +96,20 @@ class Attention(TokenMixer):
                 setattr(self, name, param(zeros, rngs.params(), shape, (dims, "head_dim"), in_dims=(), dtype=env.param_dtype))
         if config.qk_norm:
             sizes = (N * H, K * H) if config.qk_norm_whole else (H, H)
-            self.q_norm, self.k_norm = (RMSNorm(n, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype) for n in sizes)
+            self.q_norm, self.k_norm = (_norm(n, env, rngs) for n in sizes)
         if config.out_bias:
             self.bo = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
+        if config.output_gate:
+            self.wg = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
+            if config.bias:
+                self.bg = param(zeros, rngs.params(), (N, H), ("heads", "head_dim"), in_dims=(), dtype=env.param_dtype)
         if config.sinks:
             self.sinks = param(zeros, rngs.params(), (N,), ("heads",), in_dims=(), dtype=env.param_dtype)
 
     def __call__(self, x_BTD, ctx):
         q, k, v = self._project(x_BTD, ctx)
         y = self._attend(q, k, v, segment_ids=ctx.segment_ids_BT, positions=ctx.index_BT)
-        return self._output(y)
+        return self._output(y, x_BTD)
 
     def init_state(self, batch, max_len, dtype):
         K, H = _kv_heads_and_dim(self.config, self.env)
@@ -124,7 +133,7 @@ class Attention(TokenMixer):
             q, keys.astype(q.dtype), values.astype(q.dtype), positions=index_BT, kv_positions=key_index,
             segment_ids=valid_BT.astype(jnp.int32), kv_segment_ids=(key_index >= 0).astype(jnp.int32),
         )  # fmt: skip
-        return self._output(y), written
+        return self._output(y, x_BTD), written
 
     def _project(self, x_BTD, ctx):
         c = self.config
@@ -149,18 +158,28 @@ class Attention(TokenMixer):
             return norm(a_BTNH)
         return norm(a_BTNH.reshape(*a_BTNH.shape[:2], -1)).reshape(a_BTNH.shape)
 
-    def _output(self, y_BTNH):
+    def _output(self, y_BTNH, x_BTD):
+        if self.config.output_gate:
+            y_BTNH = y_BTNH * self._gate(x_BTD)
         y_BTD = dot("BTNH,NHD->BTD", y_BTNH, self.wo)
         if self.config.out_bias:
             y_BTD = y_BTD + self.bo[...].astype(y_BTD.dtype)
         return shard(y_BTD, "batch", "res_seq", "act_embed")
 
+    def _gate(self, x_BTD):
+        """sigmoid(x W_g), computed in float32 (float64 stays)."""
+        g_BTNH = shard(dot("BTD,DNH->BTNH", x_BTD, self.wg), "batch", "seq", "act_heads", None)
+        wide = g_BTNH.astype(jnp.promote_types(g_BTNH.dtype, jnp.float32))
+        wide = wide + self.bg[...].astype(wide.dtype) if self.config.bias else wide
+        return jax.nn.sigmoid(wide).astype(g_BTNH.dtype)
+
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         D, N, K, H = env.d_model, config.num_heads, *_kv_heads_and_dim(config, env)
-        matrices = D * H * (2 * N + 2 * K)
+        gated = N * config.output_gate
+        matrices = D * H * (2 * N + 2 * K + gated)
         norms = (N + K if config.qk_norm_whole else 2) * H * config.qk_norm
-        vectors = (N + 2 * K) * H * config.bias + D * config.out_bias + norms + N * config.sinks
+        vectors = (N + 2 * K + gated) * H * config.bias + D * config.out_bias + norms + N * config.sinks
         per_pair = 4 * N * H
         keys = seq_len + 1 if config.window is None else min(seq_len, config.window) + 1
         return Cost(
@@ -174,6 +193,10 @@ class Attention(TokenMixer):
 
 def _kv_heads_and_dim(config, env):
     return config.num_kv_heads or config.num_heads, config.head_dim or env.d_model // config.num_heads
+
+
+def _norm(size, env, rngs):
+    return RMSNorm(size, rngs=rngs, eps=env.norm_eps, offset=env.norm_offset, param_dtype=env.param_dtype)
 
 
 def _scale(config, env):

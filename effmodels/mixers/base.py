@@ -13,6 +13,7 @@ class Env:
     d_model: int
     num_layers: int = 1
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
     param_dtype: str = "float32"
     implementation: str | None = None
     mup_base_width: int | None = None
@@ -56,6 +57,7 @@ class TokenMixer(nnx.Module):
     """
 
     Config: Any = None
+    neighbours_only = False  # True: over a split sequence a shard sends its last tokens on, and no state goes all the way
     layouts = ("contiguous",)  # orders of a split sequence (`parallel.layouts`) under which the mixer is right
 
     @classmethod
@@ -66,6 +68,12 @@ class TokenMixer(nnx.Module):
     def fills(cls, config, max_len):
         """Whether a state made for max_len tokens holds no more; False for a recurrent state and a whole ring, which never fill."""
         return True
+
+    @classmethod
+    def rolls_back(cls, config):
+        """Whether the last tokens of a state are forgotten by counting them out: what they wrote is seen by no other token before the
+        next ones overwrite it."""
+        return False
 
     def __call__(self, x_BTD, ctx):
         raise NotImplementedError

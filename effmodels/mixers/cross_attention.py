@@ -79,7 +79,8 @@ class CrossAttention(TokenMixer):
         if config.gate:
             self.gate = param(zeros, rngs.params(), (1,), ("norm",), in_dims=(), dtype=env.param_dtype)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(H, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype) for _ in range(2))
+            options = {"eps": env.norm_eps, "offset": env.norm_offset, "param_dtype": env.param_dtype}
+            self.q_norm, self.k_norm = (RMSNorm(H, rngs=rngs, **options) for _ in range(2))
 
     def __call__(self, x_BTD, ctx):
         memory = ctx.memory.get(self.config.memory)

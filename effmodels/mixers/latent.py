@@ -57,6 +57,10 @@ class Latent(TokenMixer):
         window = None  # no field: what `layouts.choose` balances is all keys
 
     @classmethod
+    def rolls_back(cls, config):
+        return True
+
+    @classmethod
     def check(cls, config, env):
         for field in ("num_heads", "head_dim", "rope_dim", "value_dim", "kv_rank", "q_rank"):
             if getattr(config, field) is not None and getattr(config, field) < 1:
@@ -75,7 +79,8 @@ class Latent(TokenMixer):
         self.config, self.env = config, env
         D, N, (H, rope, P, R) = env.d_model, config.num_heads, _dims(config, env)
         make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
-        norm = functools.partial(RMSNorm, rngs=rngs, eps=config.norm_eps or env.norm_eps, param_dtype=env.param_dtype)
+        options = {"eps": config.norm_eps or env.norm_eps, "offset": env.norm_offset, "param_dtype": env.param_dtype}
+        norm = functools.partial(RMSNorm, rngs=rngs, **options)
         # The rank is the input of what follows, and split as any input is.
         if config.q_rank is None:
             self.wq = make(rngs.params(), (D, N, H + rope), ("embed", "heads", "head_dim"), in_dims=("embed",))

@@ -10,12 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 from effmodels.config import ConfigError, nearest
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import RMSNorm, rms_normalise
 from effmodels.layers.param import ones, param
-from effmodels.layers.positions import rope_frequencies, rotate
+from effmodels.layers.positions import rope, rope_scaling, rotate
 from effmodels.mixers.base import Cost, TokenMixer, visible_pairs
 from effmodels.mixers.retention import COST_CHUNK, RetentionState
 from effmodels.parallel import ops
@@ -55,6 +56,7 @@ class Lightning(TokenMixer):
         qkv_activation: str = "none"  # "none" or "silu", before norm and rotation
         qk_norm: bool = True  # RMSNorm with a scale over each head of q and k
         rope_theta: float = 10_000.0
+        rope_scaling: FrozenDict | None = None  # fields of `layers.positions.RopeScaling`, for rows longer than those of pre-training
         rotary_fraction: float = 0.5  # share of each head that rotates; 0: no positions
         scale: float | None = None  # None: head_dim^-1/2
         norm_groups: int | None = None  # groups of heads normalised together, with a scale per entry; None: every head alone; 0: no norm
@@ -80,6 +82,8 @@ class Lightning(TokenMixer):
             raise ConfigError(f"lightning: num_heads={n} is not divisible by norm_groups={config.norm_groups}; valid: {valid}.")
         if not 0 <= config.rotary_fraction <= 1:
             raise ConfigError(f"lightning: expected 0 <= rotary_fraction <= 1, got {config.rotary_fraction}.")
+        if config.rope_scaling is not None:
+            rope_scaling(config.rope_scaling, "lightning.rope_scaling")
         if config.qkv_activation not in ("none", "silu"):
             raise ConfigError(f"lightning.qkv_activation: expected 'none' or 'silu', got {config.qkv_activation!r}.")
         decay_rates(config, env.num_layers)
@@ -95,8 +99,8 @@ class Lightning(TokenMixer):
             self.wg = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
         self.wo = make(rngs.params(), (N, P, D), ("heads", "value_dim", "embed"), in_dims=("heads", "value_dim"))
         if config.qk_norm:
-            self.q_norm = RMSNorm(H, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype)
-            self.k_norm = RMSNorm(H, rngs=rngs, eps=env.norm_eps, param_dtype=env.param_dtype)
+            norm = functools.partial(RMSNorm, rngs=rngs, eps=env.norm_eps, offset=env.norm_offset, param_dtype=env.param_dtype)
+            self.q_norm, self.k_norm = norm(H), norm(H)
         if config.norm_groups != 0:
             self.group_norm_scale = param(ones, rngs.params(), (N, P), ("heads", "value_dim"), in_dims=(), dtype=env.param_dtype)
 
@@ -136,9 +140,9 @@ class Lightning(TokenMixer):
         q_BTNH, k_BTNH = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (q_BTNH, k_BTNH))
         if c.qk_norm:
             q_BTNH, k_BTNH = self.q_norm(q_BTNH), self.k_norm(k_BTNH)
-        frequencies = rope_frequencies(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta)
+        frequencies, magnitude = rope(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta, c.rope_scaling)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
-        q_BTNH, k_BTNH = (rotate(a, positions_BT, frequencies).astype(x_BTD.dtype) for a in (q_BTNH, k_BTNH))
+        q_BTNH, k_BTNH = (rotate(a, positions_BT, frequencies, magnitude=magnitude).astype(x_BTD.dtype) for a in (q_BTNH, k_BTNH))
         return q_BTNH, k_BTNH, v_BTNP
 
     def _retain(self, q, k, v, ctx, **options):

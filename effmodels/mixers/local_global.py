@@ -101,14 +101,14 @@ class LocalGlobal(Attention):
     def __call__(self, x_BTD, ctx):
         c, (B, T) = self.config, x_BTD.shape[:2]
         q, k, v = self._project(x_BTD, ctx)
-        index_BT, last_BT = _in_document(ctx, B, T)
+        index_BT, last_BT = in_document(ctx, B, T)
         side, score_BT = Side(ctx.segment_ids_BT, index_BT), self._score(x_BTD)
         in_row = side if c.stride else Side(ctx.segment_ids_BT, ctx.index_BT)  # a window is the same in the order of the row
         local = self._local(q, k, v, in_row, in_row)
         most = T if ctx.index_BT is not None else _most_global(c, T, packed=ctx.segment_ids_BT is not None)
         slots = min(T, -(-most // (2 * shards("seq"))) * 2 * shards("seq"))  # every layout can split them
         if slots == 0:
-            return self._output(local[0].astype(x_BTD.dtype))
+            return self._output(local[0].astype(x_BTD.dtype), x_BTD)
         from_BT, chosen_BT = self._seen_from(side, score_BT, jnp.zeros_like(last_BT), last_BT)
         chosen_BT &= from_BT <= _horizon(c, last_BT)  # some token of the document sees it
         if side.segment is not None:
@@ -118,7 +118,7 @@ class LocalGlobal(Attention):
         from_BG = take(jnp.where(chosen_BT, from_BT, -1))
         segment_BG = None if side.segment is None else take(side.segment)
         far = self._far(q, take(k), take(self._weighted(v, score_BT)), side, Side(segment_BG, from_BG))
-        return self._output(self._together(x_BTD, local, far))
+        return self._output(self._together(x_BTD, local, far), x_BTD)
 
     def init_state(self, batch, max_len, dtype):
         c = self.config
@@ -142,10 +142,10 @@ class LocalGlobal(Attention):
         local = self._local(q, keys.astype(q.dtype), values.astype(q.dtype), queries, side)
         state = self._written(state, keys, values, side, scores, index_BT)
         if state.global_index_BG.shape[1] == 0:
-            return self._output(local[0].astype(x_BTD.dtype)), state
+            return self._output(local[0].astype(x_BTD.dtype), x_BTD), state
         cached = Side((state.global_index_BG >= 0).astype(jnp.int32), state.global_index_BG)
         far = self._far(q, state.global_k_BGKH.astype(q.dtype), state.global_v_BGKH.astype(q.dtype), queries, cached)
-        return self._output(self._together(x_BTD, local, far)), state
+        return self._output(self._together(x_BTD, local, far), x_BTD), state
 
     def _written(self, state, keys, values, side, scores, index_BT):
         """The state with the valid tokens of a chunk in its ring and, as far as they are complete, its global tokens."""
@@ -321,7 +321,7 @@ def _rank_in_block(side, score, size):
     return jnp.take_along_axis(rank, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def _in_document(ctx, B, T):
+def in_document(ctx, B, T):
     """(index of every token in its document, index of the document's last token), int32 [B, T]. ctx.index_BT, if given, is the former."""
     if ctx.index_BT is not None:
         return ctx.index_BT, jnp.broadcast_to(jnp.max(ctx.index_BT, axis=1, keepdims=True), (B, T))

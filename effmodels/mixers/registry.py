@@ -3,6 +3,7 @@ from effmodels.registry import load
 
 MIXERS = {
     "attention": "effmodels.mixers.attention:Attention",
+    "block_sparse": "effmodels.mixers.block_sparse:BlockSparse",
     "lightning": "effmodels.mixers.lightning:Lightning",
     "local_global": "effmodels.mixers.local_global:LocalGlobal",
     "cross_attention": "effmodels.mixers.cross_attention:CrossAttention",
@@ -11,6 +12,7 @@ MIXERS = {
     "retention": "effmodels.mixers.retention:Retention",
     "topk_sparse": "effmodels.mixers.topk_sparse:TopkSparse",
     "ssd": "effmodels.mixers.ssd:SSD",
+    "short_conv": "effmodels.mixers.short_conv:ShortConv",
 }
 
 

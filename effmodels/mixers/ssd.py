@@ -16,7 +16,7 @@ from effmodels.layers.convolution import ShortConvolution
 from effmodels.layers.discretise import log_rates, step_biases
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import rms_normalise
-from effmodels.layers.param import ones, param
+from effmodels.layers.param import ones, param, zeros
 from effmodels.mixers.base import Cost, TokenMixer, visible_pairs
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
@@ -53,6 +53,7 @@ class SSD(TokenMixer):
         groups: int = 1  # of heads that share B and C
         conv_width: int = 4
         conv_bias: bool = True
+        bias: bool = False  # of every projection
         dt_min: float = 0.0  # step sizes are cut to [dt_min, dt_max]
         dt_max: float | None = None
         norm: str = "gated"  # "gated" norm(y * gate), "before_gate" norm(y) * gate, "none" y * gate
@@ -102,6 +103,11 @@ class SSD(TokenMixer):
         self.a_log = param(log_rates, rngs.params(), (N,), ("heads",), in_dims=(), dtype=env.param_dtype)
         self.dt_bias = param(step_biases, rngs.params(), (N,), ("heads",), in_dims=(), dtype=env.param_dtype)
         self.skip = param(ones, rngs.params(), (N,), ("heads",), in_dims=(), dtype=env.param_dtype)
+        if config.bias:
+            vector = functools.partial(param, zeros, in_dims=(), dtype=env.param_dtype)
+            self.bz, self.bx = (vector(rngs.params(), (N, P), ("heads", "value_dim")) for _ in range(2))
+            self.bb, self.bc = (vector(rngs.params(), (G, H), (None, "head_dim")) for _ in range(2))
+            self.bdt, self.bo = vector(rngs.params(), (N,), ("heads",)), vector(rngs.params(), (D,), ("norm",))
         if config.norm != "none":
             self.norm_scale = param(ones, rngs.params(), (N, P), ("heads", "value_dim"), in_dims=(), dtype=env.param_dtype)
 
@@ -140,8 +146,8 @@ class SSD(TokenMixer):
 
     def _projected(self, x_BTD):
         """(convolution, its input) of x, B and C."""
-        x_BTNP = shard(dot("BTD,DNP->BTNP", x_BTD, self.wx), "batch", "seq", "act_heads", None)
-        b_BTGH, c_BTGH = (shard(dot("BTD,DGH->BTGH", x_BTD, w), "batch", "seq", None, None) for w in (self.wb, self.wc))
+        x_BTNP = shard(self._linear("BTD,DNP->BTNP", x_BTD, "x"), "batch", "seq", "act_heads", None)
+        b_BTGH, c_BTGH = (shard(self._linear("BTD,DGH->BTGH", x_BTD, name), "batch", "seq", None, None) for name in "bc")
         return (self.conv_x, x_BTNP), (self.conv_b, b_BTGH), (self.conv_c, c_BTGH)
 
     def _convolved(self, x_BTD, state, valid_BT):
@@ -153,7 +159,7 @@ class SSD(TokenMixer):
     def _steps(self, x_BTD):
         """dt, at least float32, [B, T, N]."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        dt_BTN = jax.nn.softplus(dot("BTD,DN->BTN", x_BTD, self.wdt).astype(wide) + self.dt_bias[...].astype(wide))
+        dt_BTN = jax.nn.softplus(self._linear("BTD,DN->BTN", x_BTD, "dt").astype(wide) + self.dt_bias[...].astype(wide))
         low, high = self.config.dt_min, self.config.dt_max
         return dt_BTN if low == 0 and high is None else jnp.clip(dt_BTN, low, high)
 
@@ -174,20 +180,25 @@ class SSD(TokenMixer):
     def _output(self, y_BTNP, x_BTNP, x_BTD):
         c, wide = self.config, jnp.promote_types(x_BTD.dtype, jnp.float32)
         y_BTNP = y_BTNP.astype(wide) + self.skip[...].astype(wide)[:, None] * x_BTNP.astype(wide)
-        gate_BTNP = jax.nn.silu(dot("BTD,DNP->BTNP", x_BTD, self.wz).astype(wide))
+        gate_BTNP = jax.nn.silu(self._linear("BTD,DNP->BTNP", x_BTD, "z").astype(wide))
         y_BTNP = y_BTNP * gate_BTNP if c.norm in ("gated", "none") else y_BTNP
         if c.norm != "none":
             grouped = y_BTNP.reshape(*y_BTNP.shape[:2], c.norm_groups, -1)
             normed = rms_normalise(grouped, c.norm_eps or self.env.norm_eps).reshape(y_BTNP.shape)
             y_BTNP = normed * self.norm_scale[...].astype(wide)
         y_BTNP = (y_BTNP * gate_BTNP if c.norm == "before_gate" else y_BTNP).astype(x_BTD.dtype)
-        return shard(dot("BTNP,NPD->BTD", y_BTNP, self.wo), "batch", "res_seq", "act_embed")
+        return shard(self._linear("BTNP,NPD->BTD", y_BTNP, "o"), "batch", "res_seq", "act_embed")
+
+    def _linear(self, spec, x, name):
+        y = dot(spec, x, getattr(self, "w" + name))
+        return y + getattr(self, "b" + name)[...].astype(y.dtype) if self.config.bias else y
 
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         D, N, P, G, H = env.d_model, config.num_heads, _head_dim(config, env), config.groups, config.state_dim
         channels = N * P + 2 * G * H
         matrices, taps = D * (3 * N * P + 2 * G * H + N), config.conv_width * channels
+        vectors = config.conv_bias * channels + 3 * N + (config.norm != "none") * N * P + config.bias * (channels + N * P + N + D)
         chunk = min(config.chunk or COST_CHUNK, seq_len)
         chunks, rest = divmod(seq_len, chunk)
         pairs = chunks * visible_pairs(chunk) + visible_pairs(rest)
@@ -195,7 +206,7 @@ class SSD(TokenMixer):
         state = 4 * N * H * P
         products = 2 * (matrices + taps) * seq_len
         return Cost(
-            params=matrices + taps + config.conv_bias * channels + 3 * N + (config.norm != "none") * N * P,
+            params=matrices + taps + vectors,
             flops=products + 2 * N * (H + P) * pairs + state * (seq_len - chunk),
             # Every pair, and the decays between them, which are sums over all tokens of the chunk; the first chunk reads zeros.
             dense_flops=products + 2 * N * whole * chunk**2 * (H + P + chunk) + state * (seq_len - chunk) + state // 2 * chunk,

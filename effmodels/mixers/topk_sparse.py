@@ -80,7 +80,7 @@ class TopkSparse(Attention):
             q, k, v, *self._index(x_BTD, ctx), segment_ids=ctx.segment_ids_BT, positions=ctx.index_BT, kv_positions=ctx.index_BT,
             kv_segment_ids=ctx.segment_ids_BT, **self._options(),
         )  # fmt: skip
-        return with_loss(self._output(out), self.config.kl_coef * jnp.sum(divergence_BT))
+        return with_loss(self._output(out, x_BTD), self.config.kl_coef * jnp.sum(divergence_BT))
 
     def init_state(self, batch, max_len, dtype):
         K, H = _kv_heads_and_dim(self.config, self.env)
@@ -103,7 +103,7 @@ class TopkSparse(Attention):
             q, new.k_BSKH.astype(q.dtype), new.v_BSKH.astype(q.dtype), index_q, new.index_k_BSC.astype(index_q.dtype), index_w,
             positions=index_BT, kv_positions=new.index_BS, **self._options(),
         )  # fmt: skip
-        return self._output(out), new
+        return self._output(out, x_BTD), new
 
     def recall(self, x_BTD, ctx):
         """Of the top_k keys with most attention by all heads together, the share that the indexer chooses too, [B, T]; for reports, O(T^2).

@@ -18,26 +18,32 @@ DROPOUT_MIXER, DROPOUT_CHANNEL = 0, 1  # sites of Ctx.key_for
 
 
 class Block(nnx.Module):
-    """One layer: token mixer and channel mixer, each with its norm(s) and residual.
+    """One layer: token mixer and channel mixer, each with its norm(s) and residual; of an absent channel mixer neither.
 
-    norm_position: "pre" x + f(norm(x)); "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x))).
-    residual: "serial", or "parallel" (both mixers read the same input; with "pre" each keeps its own norm, as GPT-NeoX).
+    norm_position: "pre" x + f(norm(x)); "post" norm(x + f(x)); "sandwich" x + norm(f(norm(x))); "input" norm(x) + f(norm(x)), which is
+    "post" with the norms one place on (MiniMax-01, arXiv:2501.08313). residual: "serial", or "parallel" (both mixers read the same input;
+    with "pre" each keeps its own norm, as GPT-NeoX). residual_scales of a mixer's name, (a, b): a x + b f instead of x + f.
     """
 
     def __init__(self, kind, resolved, *, rngs):
         config = resolved.config
         self.norm_position, self.residual, self.rate = config.norm_position, config.residual, config.dropout
+        self.scales = tuple(config.residual_scales.get(part.name, (1.0, 1.0)) for part in (kind.mixer, kind.channel))
 
         def norm():
-            return NORMS[config.norm](config.d_model, rngs=rngs, eps=config.norm_eps, param_dtype=config.param_dtype)
+            options = {"eps": config.norm_eps, "offset": config.norm_offset, "param_dtype": config.param_dtype}
+            return NORMS[config.norm](config.d_model, rngs=rngs, **options)
 
         self.mixer = kind.mixer.cls(kind.mixer.config, resolved.env, rngs=rngs)
         self.channel = kind.channel.cls(kind.channel.config, resolved.env, rngs=rngs)
         self.norm_mixer = norm()
-        if (config.norm_position, config.residual) != ("post", "parallel"):  # there one norm follows the sum of both
+        absent, sandwich = kind.channel.cls.absent, config.norm_position == "sandwich"
+        if not absent and (config.norm_position, config.residual) != ("post", "parallel"):  # there one norm follows the sum of both
             self.norm_channel = norm()
-        if config.norm_position == "sandwich":
-            self.norm_mixer_out, self.norm_channel_out = norm(), norm()
+        if sandwich:
+            self.norm_mixer_out = norm()
+        if sandwich and not absent:
+            self.norm_channel_out = norm()
 
     def __call__(self, x_BTD, ctx):
         """(y_BTD, LayerAux or None)."""
@@ -62,18 +68,35 @@ class Block(nnx.Module):
     def _run(self, x_BTD, ctx, mix):
         """The residual wiring around `mix(h) -> (y, state)` and the channel mixer; (y_BTD, aux, state)."""
         pre, out = self.norm_position != "post", self.norm_position == "sandwich"
-        h_BTD, state = mix(self.norm_mixer(x_BTD) if pre else x_BTD)
+        read_BTD = self.norm_mixer(x_BTD) if pre else x_BTD
+        h_BTD, state = mix(read_BTD)
         h_BTD = dropout(self.norm_mixer_out(h_BTD) if out else h_BTD, self.rate, ctx.key_for(DROPOUT_MIXER), ctx.layout)
-        if self.residual == "parallel":
-            g_BTD, aux = self._channel(x_BTD, ctx, pre, out)
+        if self.residual == "parallel" and not self.channel.absent:
+            g_BTD, aux, _ = self._channel(x_BTD, ctx, pre, out)
             return (x_BTD + h_BTD + g_BTD if pre else self.norm_mixer(x_BTD + h_BTD + g_BTD)), aux, state
-        x_BTD = x_BTD + h_BTD if pre else self.norm_mixer(x_BTD + h_BTD)
-        g_BTD, aux = self._channel(x_BTD, ctx, pre, out)
-        return (x_BTD + g_BTD if pre else self.norm_channel(x_BTD + g_BTD)), aux, state
+        x_BTD = self._sum(0, x_BTD, read_BTD, h_BTD)
+        x_BTD = x_BTD if pre else self.norm_mixer(x_BTD)
+        if self.channel.absent:
+            return x_BTD, None, state
+        g_BTD, aux, read_BTD = self._channel(x_BTD, ctx, pre, out)
+        x_BTD = self._sum(1, x_BTD, read_BTD, g_BTD)
+        return (x_BTD if pre else self.norm_channel(x_BTD)), aux, state
 
     def _channel(self, x_BTD, ctx, pre, out):
-        g_BTD, aux = self.channel(self.norm_channel(x_BTD) if pre else x_BTD, ctx)
-        return dropout(self.norm_channel_out(g_BTD) if out else g_BTD, self.rate, ctx.key_for(DROPOUT_CHANNEL), ctx.layout), aux
+        read_BTD = self.norm_channel(x_BTD) if pre else x_BTD
+        g_BTD, aux = self.channel(read_BTD, ctx)
+        g_BTD = dropout(self.norm_channel_out(g_BTD) if out else g_BTD, self.rate, ctx.key_for(DROPOUT_CHANNEL), ctx.layout)
+        return g_BTD, aux, read_BTD
+
+    def _sum(self, site, x_BTD, read_BTD, f_BTD):
+        """The residual of the mixer (0) or the channel mixer (1), whose branch has read `read_BTD` and gives `f_BTD`."""
+        x_BTD = read_BTD if self.norm_position == "input" else x_BTD
+        if self.scales[site] == (1.0, 1.0):
+            return x_BTD + f_BTD
+        # In float32: the scales themselves would be rounded to bfloat16.
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        kept, added = self.scales[site]
+        return (kept * x_BTD.astype(wide) + added * f_BTD.astype(wide)).astype(x_BTD.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,10 @@ from effmodels.layers.context import Ctx, dropout
 from effmodels.layers.norms import NORMS
 from effmodels.layers.param import param
 from effmodels.models import memory as memories
-from effmodels.models import sharing, staged
+from effmodels.models import mtp, sharing, staged
 from effmodels.models.blocks import Segment, lent, segments
 from effmodels.models.resolve import resolve
+from effmodels.multimodal.media import Media
 from effmodels.parallel import layouts, ops, options
 from effmodels.parallel.axes import shard, shards
 
@@ -61,7 +62,7 @@ class LossOut:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The mixers' states by segment and place, the number of valid tokens of each row, how many fit, and a memory no layer has seen yet."""
+    """The mixers' states by segment and place, the valid tokens of each row, how many fit, memories no layer has read yet, kept images."""
 
     layers: Any
     length_B: Any
@@ -86,12 +87,16 @@ class Decoder(nnx.Module):
             self.positions = param(
                 jax.random.normal, rngs.params(), (c.learned_positions, c.d_model), (None, "embed"), in_dims=("embed",), dtype=c.param_dtype
             )  # fmt: skip
-        self.final_norm = NORMS[c.norm](c.d_model, rngs=rngs, eps=c.norm_eps, param_dtype=c.param_dtype)
+        self.final_norm = NORMS[c.norm](c.d_model, rngs=rngs, eps=c.norm_eps, param_dtype=c.param_dtype, offset=c.norm_offset)
         layer_key = rngs.params()
         runs = segments(self.resolved.layers, c.scan_layers)
         held, sources = sharing.sources(runs, self.resolved.layers)
         self.segments = nnx.List([Segment(run, self.resolved, layer_key, chosen) for run, chosen in zip(runs, sources)])
         self.shared = nnx.List([lent(self.resolved, layer_key, owner, parts) for owner, parts in held])
+        ahead = range(1, mtp.check(c.mtp).depth + 1)
+        self.mtp = nnx.List([mtp.Module(k, self.resolved, jax.random.fold_in(layer_key, c.num_layers + k - 1)) for k in ahead])
+        images = self.resolved.media
+        self.media = None if images is None else Media(images, self.resolved.env, c.compute_dtype, c.remat, rngs=rngs)
 
     def __call__(self, tokens_BT, segment_ids=None, positions=None, memory=None):
         """float32 logits [B, T, V]; memory: {name: Memory} for layers that attend to one."""
@@ -112,13 +117,16 @@ class Decoder(nnx.Module):
             raise ValueError(f"layout={ctx_fields['layout']!r}, but the layout in force is {_layout()!r}; say it by `parallel.options`.")
         if staged.stages() > 1:
             return self._staged_hidden(tokens_BT, ctx_fields)
-        ctx = Ctx(**ctx_fields)
+        hidden_BTD, auxes = self._hidden(tokens_BT, Ctx(**ctx_fields))
+        return hidden_BTD, _gather_aux(auxes, self.segments)
+
+    def _hidden(self, tokens_BT, ctx):
         x_BTD = self._embed(tokens_BT, ctx)
         auxes = []
         for segment in self.segments:
             x_BTD, aux = segment(x_BTD, ctx, self.shared)
             auxes.append(aux)
-        return self.final_norm(x_BTD), _gather_aux(auxes, self.segments)
+        return self.final_norm(x_BTD), auxes
 
     def logits(self, hidden_BTD):
         """float32 logits [B, T, V] of the hidden states that `hidden` returns."""
@@ -139,15 +147,18 @@ class Decoder(nnx.Module):
             batch["weights"] = jnp.ones(batch["tokens"].shape, jnp.float32)
         if staged.stages() > 1:
             return self._staged_loss(batch, key, mode)
-        hidden_BTD, aux = self.hidden(
-            batch["tokens"], segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode,
-            experts_BTLk=batch.get("experts"), memory=memories.of_batch(batch, self.resolved),
+        ctx = Ctx(
+            segment_ids_BT=batch.get("segment_ids"), positions_BT=batch.get("positions"), key=key, mode=mode, layout=_layout(),
+            experts_BTLk=batch.get("experts"), memory=memories.of_batch(batch, self.resolved, self.media),
         )  # fmt: skip
-        ce_sum, weight_sum, losses = self._head_loss(hidden_BTD, batch["targets"], batch["weights"])
-        aux.losses.update(losses)
+        hidden_BTD, auxes = self._hidden(batch["tokens"], ctx)
+        ce_sum, weight_sum, losses = self.head_loss(hidden_BTD, batch["targets"], batch["weights"])
+        ahead, ahead_auxes = mtp.losses(self, hidden_BTD, ctx, batch["tokens"], batch["targets"], batch["weights"])
+        aux = _gather_aux([*auxes, *ahead_auxes], [*self.segments, *self.mtp])
+        aux.losses.update(losses | ahead)
         return LossOut(ce_sum, weight_sum, aux)
 
-    def _head_loss(self, hidden_BTD, targets_BT, weights_BT):
+    def head_loss(self, hidden_BTD, targets_BT, weights_BT):
         """(sum of weighted cross entropy, sum of weights, {auxiliary loss: sum}) of what `hidden` returns."""
         c, weights_BT = self.config, weights_BT.astype(jnp.float32)
         scale = self._head_scale()
@@ -169,15 +180,18 @@ class Decoder(nnx.Module):
             key = None if key is None else key[None]
         static = {"mode": mode, "layout": _layout()}
         fields = {"segment_ids_BT": batch.get("segment_ids"), "positions_BT": batch.get("positions"), "key": key}
-        fields |= {"experts_BTLk": batch.get("experts"), "memory": memories.of_batch(batch, self.resolved)}
+        fields |= {"experts_BTLk": batch.get("experts"), "memory": memories.of_batch(batch, self.resolved, self.media)}
 
-        def tail(x_BTD, ctx, targets_BT, weights_BT):
-            return self._head_loss(self.final_norm(x_BTD), targets_BT, weights_BT)
+        def tail(x_BTD, ctx, targets_BT, weights_BT, *tokens_BT):
+            hidden_BTD = self.final_norm(x_BTD)
+            ce_sum, weight_sum, losses = self.head_loss(hidden_BTD, targets_BT, weights_BT)
+            ahead, auxes = mtp.losses(self, hidden_BTD, ctx, *tokens_BT, targets_BT, weights_BT) if self.mtp else ({}, [])
+            return ce_sum, weight_sum, losses | ahead, auxes
 
-        arrays = batch["targets"], batch["weights"]
+        arrays = (batch["targets"], batch["weights"], *([batch["tokens"]] if self.mtp else []))
         out, micro_Ks, auxes = staged.forward(self, batch["tokens"], fields, tail, arrays, **static)
-        ce_sum, weight_sum, losses = staged.total(out, micro_Ks >= 0)
-        aux = _gather_aux(auxes, self.segments)
+        ce_sum, weight_sum, losses, ahead_auxes = staged.total(out, micro_Ks >= 0)
+        aux = _gather_aux([*auxes, *ahead_auxes], [*self.segments, *self.mtp])
         aux.losses.update(losses)
         return LossOut(ce_sum, weight_sum, aux)
 
@@ -195,57 +209,77 @@ class Decoder(nnx.Module):
             raise NotImplementedError("Decoder.init_state: no mixer of this model attends to a memory; leave memory=None.")
         dtype = self.config.compute_dtype if dtype is None else dtype
         layers = tuple(segment.init_state(batch, max_len, dtype) for segment in self.segments)
-        return DecodeState(layers, jnp.zeros((batch,), jnp.int32), max_len, memories.checked(memory, self.resolved))
+        return DecodeState(layers, jnp.zeros((batch,), jnp.int32), max_len, memories.for_decoding(memory, self.resolved, self.media))
 
     def prefill(self, tokens_BT, state, valid_BT=None, positions_BT=None, last_only=False):
         """(logits_BTV, state) after T more tokens, any T, callable again; with last_only logits_BV of each row's last valid token.
 
         valid_BT: False for padding, left, right or inside. positions_BT: for rotary; default: the number of valid tokens before each.
         """
-        _check_whole_rows()
         B, T = tokens_BT.shape
-        valid = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
-        before_BT = state.length_B[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
-        self._check_room(state, T if valid_BT is None else jnp.sum(valid, axis=1))
-        ctx = dataclasses.replace(self._decode_ctx(before_BT, valid, positions_BT, "prefill"), memory=state.memory)
-        x_BTD, layers = self._decode(self._embed(tokens_BT, ctx), ctx, state, lambda b, x, c, s: b.prefill(x, c, s, valid_BT))
-        state = DecodeState(layers, state.length_B + jnp.sum(valid, axis=1, dtype=jnp.int32), state.max_len)
+        hidden_BTD, state = self.prefill_hidden(tokens_BT, state, valid_BT, positions_BT)
         if last_only:
-            last_B = T - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-            return self.logits(self.final_norm(x_BTD[jnp.arange(B), last_B][:, None]))[:, 0], state
-        return self.logits(self.final_norm(x_BTD)), state
+            last_B = T - 1 if valid_BT is None else T - 1 - jnp.argmax(valid_BT[:, ::-1], axis=1)
+            return self.logits(hidden_BTD[jnp.arange(B), last_B][:, None])[:, 0], state
+        return self.logits(hidden_BTD), state
+
+    def prefill_hidden(self, tokens_BT, state, valid_BT=None, positions_BT=None):
+        """(hidden_BTD after the final norm, state): `prefill` without the logits."""
+        _check_whole_rows()
+        valid = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        before_BT = state.length_B[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+        self._check_room(state, tokens_BT.shape[1] if valid_BT is None else jnp.sum(valid, axis=1))
+        ctx = dataclasses.replace(self.decode_ctx(before_BT, valid, positions_BT), memory=state.memory)
+        x_BTD, layers = self._decode(self._embed(tokens_BT, ctx), ctx, state, lambda b, x, c, s: b.prefill(x, c, s, valid_BT))
+        length_B = state.length_B + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        return self.final_norm(x_BTD), DecodeState(layers, length_B, state.max_len, memories.kept(state.memory))
 
     def step(self, tokens_B, state, active_B=None):
         """(logits_BV, state) after one more token; rows that are not active keep their state."""
         _check_whole_rows()
-        if state.memory:
+        memory = memories.kept(state.memory)
+        if memory.keys() != state.memory.keys():
             raise ValueError("Decoder.step: the state's memory has not been read yet; prefill at least one token first.")
         self._check_room(state, 1 if active_B is None else active_B)
         active = jnp.ones(tokens_B.shape, bool) if active_B is None else active_B
-        ctx = self._decode_ctx(state.length_B[:, None], active[:, None], None, "step")
+        ctx = dataclasses.replace(self.decode_ctx(state.length_B[:, None], active[:, None], None, "step"), memory=memory)
         x_BD, layers = self._decode(self._embed(tokens_B[:, None], ctx)[:, 0], ctx, state, lambda b, x, c, s: b.step(x, c, s, active_B))
         logits_BV = self.logits(self.final_norm(x_BD)[:, None])[:, 0]
-        return logits_BV, DecodeState(layers, state.length_B + active.astype(jnp.int32), state.max_len)
+        return logits_BV, DecodeState(layers, state.length_B + active.astype(jnp.int32), state.max_len, memory)
 
     def update_buffers(self, buffers, load_LE):
         """The buffers (dict by path) after one optimiser step whose routed choices per MoE layer and expert were load_LE."""
         if load_LE is None:
             return buffers
-        buffers, rows = dict(buffers), _aux_rows(self.segments)
+        runs = [*self.segments, *self.mtp]
+        buffers, rows = dict(buffers), _aux_rows(runs)
         for (s, p), layers in rows.items():
-            channel, path = self.segments[s].blocks[p].channel, f"segments.{s}.blocks.{p}.channel.bias"
+            block = f"segments.{s}.blocks.{p}" if s < len(self.segments) else f"mtp.{s - len(self.segments)}.layer"
+            channel, path = runs[s].blocks[p].channel, f"{block}.channel.bias"
             if path in buffers:
                 load = load_LE[jnp.asarray(layers), : channel.config.num_experts]
-                load = load if self.segments[s].repeats > 1 else load[0]
+                load = load if runs[s].repeats > 1 else load[0]
                 buffers[path] = updated_bias(buffers[path], load, channel.config.bias_update_rate)
         return buffers
 
+    def embedded(self, tokens_BT):
+        """Rows of the table [B, T, D] in the compute dtype, as the first layer reads them (without learned positions)."""
+        return ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype) * self.config.embed_scale
+
     def _embed(self, tokens_BT, ctx):
-        x_BTD = ops.embedding(self.embed[...], tokens_BT).astype(self.config.compute_dtype) * self.config.embed_scale
+        x_BTD = self.embedded(tokens_BT)
+        if self.media is not None and self.media.at_input:
+            x_BTD = self.media.fuse(x_BTD, self._images(ctx), ctx)
         if self.config.learned_positions:
             x_BTD = x_BTD + self._positions(ctx, tokens_BT.shape).astype(x_BTD.dtype)
         key = ctx.at_layer(-1).key_for(DROPOUT_EMBED)
         return dropout(shard(x_BTD, "batch", "res_seq", "act_embed"), self.config.dropout, key, ctx.layout)
+
+    def _images(self, ctx):
+        """What the fusion at the input needs of the images of a call, or None without any."""
+        if memories.SOURCE in ctx.memory:
+            return self.media.prepare(ctx.memory[memories.SOURCE])
+        return ctx.memory.get(memories.IMAGES)
 
     def _positions(self, ctx, shape):
         """Rows of the learned table; NaN past its end, so that what is too long inside jit cannot pass for a result."""
@@ -261,7 +295,8 @@ class Decoder(nnx.Module):
             layers.append(new)
         return x, tuple(layers)
 
-    def _decode_ctx(self, index_BT, valid_BT, positions_BT, mode):
+    def decode_ctx(self, index_BT, valid_BT, positions_BT=None, mode="prefill"):
+        """The `Ctx` of tokens with these indices in their rows; positions default to them."""
         positions_BT = index_BT if positions_BT is None else positions_BT
         return Ctx(positions_BT=positions_BT, index_BT=index_BT, segment_ids_BT=valid_BT.astype(jnp.int32), mode=mode)
 

@@ -17,6 +17,8 @@ def recursive(model, config):
     singular value decomposition), so that with full rank and equal vectors (norms) the model computes the same. Raises ConfigError when the
     models differ otherwise.
     """
+    if any(getattr(sharing.check(config.sharing), part).startswith("diagonal") for part in sharing.PARTS):
+        raise ConfigError("recursive: layers that share diagonal blocks only are not made from others; use cycle:n or neighbours:n.")
     plain = {f: v for f, v in vars(config).items() if f not in ("sharing", "remat", "scan_layers", "implementation")}
     differ = [f for f, v in plain.items() if getattr(model.config, f) != v]
     if differ or model.config.sharing:

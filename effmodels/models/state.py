@@ -9,6 +9,7 @@ from effmodels.models import sharing
 
 _IN_SEGMENT = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(.+)")
 _SHARED = re.compile(r"shared\.(\d+)\.(.+)")
+_STACKED = re.compile(r"(media\..*layers)\.(.+)")
 
 
 def split(model):
@@ -32,17 +33,20 @@ def manifest(model):
     """canonical name -> (path, index into the stack or None), for every parameter and buffer.
 
     Canonical: "embed", "head", "final_norm.scale", "layers.<absolute i>.<mixer|channel|norm...>.<param>"; never a segment index. Weights
-    that layers share are "shared.<first layer that uses them>...".
+    that layers share are "shared.<first layer that uses them>...", those of an encoder's layers "media.encoder.layers.<i>...".
     """
     kinds, runs = model.resolved.layers, model.segments
     lenders, held = set(sharing.owners(kinds).items()), [owner for owner, _ in sharing.sources(runs, kinds)[0]]
     trained = {_path(keys) for keys, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    names = {}
+    names, sizes = {}, {_path(keys): v.shape for keys, v in nnx.to_flat_state(nnx.state(model))}
     for path in info(model):
-        match = _IN_SEGMENT.fullmatch(path)
-        if match is None:
+        match, stacked = _IN_SEGMENT.fullmatch(path), _STACKED.fullmatch(path)
+        if stacked:
+            names |= {f"{stacked[1]}.{i}.{stacked[2]}": (path, i) for i in range(sizes[path][0])}
+        elif match is None:
             j = _SHARED.fullmatch(path)
             names[path if j is None else f"shared.{held[int(j[1])]}.{j[2]}"] = (path, None)
+        if match is None:
             continue
         run, rest = runs[int(match[1])], match[3]
         part = sharing.part_of(rest.split(".")[0])

@@ -109,6 +109,13 @@ def rules_in_force(rules):
     return _RULES(rules)
 
 
+def whole_rows():
+    """Context manager: inside, no dim of time is split, as for rows that are not those of the text."""
+    if current_mesh() is None:
+        return contextlib.nullcontext()
+    return _RULES(tuple(sorted({**current_rules(), "seq": None, "res_seq": None, "kv_seq": None}.items())))
+
+
 def current_rules():
     """The table in force, as a dict."""
     return dict(_RULES.value) if _RULES.value is not None else DEFAULT_RULES

@@ -16,13 +16,15 @@ from pallas_kernels.target import target
 
 
 def expert_ffn(
-    x_BTD, ids_BTk, weights_BTk, w_in, w_out_EFD, activation, *, capacity=None, exact=False, return_overflow=False, implementation=None
+    x_BTD, ids_BTk, weights_BTk, w_in, w_out_EFD, activation, *, biases=(), capacity=None, exact=False, return_overflow=False,
+    implementation=None,
 ):  # fmt: skip
     """Sum over k of weights * expert(x), each token computed by the experts named in ids; [B, T, D] in x's dtype.
 
     ids: int32 expert numbers, those of one token different; E (one past the last) means "not routed" (padding, dropped). w_in: the input
-    matrices [E, D, F], one or two (gated). activation(h, ...) takes as many arrays. Dropless: rows are sorted by expert and multiplied
-    group by group (MegaBlocks, arXiv:2211.15841). ffn columns may be split over the tensor axis, partial sums are added at the end.
+    matrices [E, D, F], one or two (gated). activation(h, ...) takes as many arrays. biases: none, or one per matrix, the last [E, D], the
+    others [E, F]. Dropless: rows are sorted by expert and multiplied group by group (MegaBlocks, arXiv:2211.15841). ffn columns may be
+    split over the tensor axis, partial sums are added at the end.
 
     Experts that are split over a mesh axis stay where they are and tokens travel, as `parallel.experts` says; with "gather" the weights
     do. What `parallel.recv_bound` leaves no room for becomes NaN, so that the step fails; exact=True makes room for the worst case.
@@ -38,15 +40,19 @@ def expert_ffn(
         way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact)
     # Cast here, so that the sum of their gradients over other shards travels in the compute dtype.
     *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
-    parts = len(w_in)
+    parts, named_biases = len(w_in), {f"b{i}": b.astype(x_BTD.dtype) for i, b in enumerate(biases)}
     rings = scatter.rings(options.current().gradient_rings, "embed", taken=(*over, *columns))
 
     def local(x, ids, weights, w_out, **inputs):
+        biases = [inputs.pop(f"b{i}") for i in range(len(named_biases))]
         if rings:
             w_out = scatter.gathered(w_out, rings, 2)
             inputs = {n: scatter.gathered(w, rings, 1) for n, w in inputs.items()}
 
-        def ffn(rows_RD, group_sizes_e, weights_R=None):
+        if columns and biases:  # of the partial sums one has the bias
+            biases[-1] = jnp.where(jax.lax.axis_index(columns) == 0, biases[-1], 0)
+
+        def ffn(rows_RD, group_sizes_e, weights_R):
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
@@ -54,10 +60,14 @@ def expert_ffn(
             # shard, since the gradient of a matrix joined before is summed whole, not scattered.
             joined = jnp.concatenate(list(inputs.values()), axis=-1) if parts > 1 else inputs["w0"]
             kept = checkpoint_name(matmul(rows_RD, joined), "expert_mlp")
+            if biases:
+                kept = kept + of_each_row(jnp.concatenate(biases[:-1], axis=-1), group_sizes_e, rows_RD.shape[0])
             h_RF = activation(*jnp.split(kept, parts, axis=-1))
-            if weights_R is not None:
-                h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
-            return matmul(h_RF, w_out)
+            h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
+            y_RD = matmul(h_RF, w_out)
+            if biases:
+                y_RD = y_RD + (of_each_row(biases[-1], group_sizes_e, rows_RD.shape[0]) * weights_R[:, None]).astype(y_RD.dtype)
+            return y_RD
 
         y, overflow = _routed(x, ids, weights, ffn, num_experts, way)
         y = jax.lax.psum(y, columns) if columns else y
@@ -68,7 +78,18 @@ def expert_ffn(
     arrays = {"x": (x_BTD, rows), "ids": (ids_BTk, rows), "weights": (weights_BTk, rows)}
     arrays |= {"w_out": (w_out_EFD, PartitionSpec(split, columns_spec, wide))}
     arrays |= {f"w{i}": (w, PartitionSpec(split, wide, columns_spec)) for i, w in enumerate(w_in)}
+    arrays |= {n: (b, PartitionSpec(split, columns_spec if n != f"b{parts}" else None)) for n, b in named_biases.items()}
     return ops.run_sharded(local, arrays, (rows, ()) if return_overflow else rows)
+
+
+def of_each_row(vectors_eF, group_sizes_e, rows):
+    """[R, F]: the vector of each row's expert, 0 past the last group; rows are sorted by expert.
+
+    A product with a one-hot matrix: its gradient is one too, where a gather's would add rows up one after the other.
+    """
+    ends_e, row_R = jnp.cumsum(group_sizes_e, dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)[:, None]
+    own_Re = (row_R >= ends_e - group_sizes_e) & (row_R < ends_e)
+    return jnp.matmul(own_Re.astype(vectors_eF.dtype), vectors_eF, precision="highest")
 
 
 LANES = 128  # a row that travels fills them

@@ -15,7 +15,7 @@ from etils import epath
 from effmodels import data, decode
 from effmodels.config import ConfigError
 from effmodels.models import state as model_state
-from effmodels.train import budget
+from effmodels.train import budget, sources
 from effmodels.train.metrics import Metrics, Throughput
 from effmodels.train.restore import RUN_FILE, TOKENIZER_FILE
 from effmodels.train.run_config import TENSORBOARD, jsonable
@@ -347,9 +347,12 @@ class Run:
         c = self.config.eval
         params, buffers = jax.device_put((state.params, state.buffers), self.setup.devices[0])
         model = model_state.merge(model_state.split(self.setup.model)[0], params, buffers)
-        prompt = np.asarray(tokenizer.encode(c.sample_prompt), np.int32)[None]
+        prompt, memory = tokenizer.encode(c.sample_prompt), None
+        if self.setup.sources:  # the first image that is held out
+            prompt, memory = sources.first_image(model, self.setup.data(self.setup.lengths.stages[-1].seq_len), prompt)
         tokens = decode.generate(
-            model, prompt, c.sample_tokens, temperature=0.7, top_k=40, key=jax.random.key(self.config.seed), eos_id=tokenizer.eos_id
+            model, np.asarray(prompt, np.int32)[None], c.sample_tokens, temperature=0.7, top_k=40, key=jax.random.key(self.config.seed),
+            eos_id=tokenizer.eos_id, memory=memory,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(tokens)[0].tolist())
 

@@ -107,7 +107,7 @@ class RunConfig:
     def check(self):
         """Raises ConfigError for what does not fit together."""
         resolve(self.model)
-        data_package.check(self.data)
+        data_package.check(self.data, images=bool(self.model.media))
         axes.make_rules(self.rules)
         train, choices = self.train, ("auto", "scan", "loop")
         if train.accumulation not in choices:

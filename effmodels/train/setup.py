@@ -24,7 +24,7 @@ from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, distributed, layouts, pipeline
 from effmodels.parallel import mesh as meshes
 from effmodels.parallel.expert import room
-from effmodels.train import budget, metrics, optim, placement, schedules, step
+from effmodels.train import budget, metrics, optim, placement, schedules, sources, step
 from effmodels.train.run_config import RunConfig
 
 DEVICE_KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
@@ -55,6 +55,7 @@ class Setup:
         self.rules = axes.make_rules(c.rules)
         self.mesh = meshes.make_mesh(self.sizes, self.devices)
         self.pieces = axes.shards("seq", mesh=self.mesh, rules=self.rules)  # of a row
+        self.sources = sources.arrays(c.model)
         self.lengths = schedules.LengthStages(c.seq_len, c.train.length_stages)
         self.options = placement.resolve_options(c, [stage.seq_len for stage in self.lengths.stages], self.pieces)
         self.model = nnx.eval_shape(functools.partial(_build, c.model), jax.random.key(0, impl="threefry2x32"))
@@ -109,10 +110,12 @@ class Setup:
     def data(self, seq_len):
         """The prepared data of a sequence length; ConfigError when the vocabulary is larger than the model's."""
         if seq_len not in self.prepared:
-            prepared = data.prepare(self.config.data, seq_len, log=self.log)
-            if prepared.tokenizer.vocab_size > self.config.model.vocab_size:
+            images = sources.image_spec(self.config.model)
+            prepared = data.prepare(self.config.data, seq_len, images=images, log=self.log)
+            needed = prepared.tokenizer.vocab_size + (images is not None)  # an image has an id of its own
+            if needed > self.config.model.vocab_size:
                 raise ConfigError(
-                    f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's {prepared.tokenizer.vocab_size} "
+                    f"model.vocab_size={self.config.model.vocab_size} is smaller than the tokenizer's {needed} "
                     f"({self.config.data.get('tokenizer', 'bytes')}); set model.vocab_size to at least that."
                 )
             self.prepared[seq_len] = prepared
@@ -129,21 +132,21 @@ class Setup:
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract_state, self.shardings)
 
     def put(self, batches):
-        """Micro-batches of this process as one global [M, B, T] array per key, or [B, T] from a single dict."""
+        """Micro-batches of this process as one global [M, B, T] array per key, or [B, T] from a single dict; images [M, B, ...]."""
         one = isinstance(batches, dict)
-        sharding = self._batch_sharding(stacked=not one)
-        local = {k: batches[k] if one else np.stack([b[k] for b in batches]) for k in DEVICE_KEYS}
-        local = {k: layouts.to_layout(a, self.options.layout, self.pieces, axis=-1) for k, a in local.items()}
+        local = {k: batches[k] if one else np.stack([b[k] for b in batches]) for k in (*DEVICE_KEYS, *self.sources)}
+        local |= {k: layouts.to_layout(local[k], self.options.layout, self.pieces, axis=-1) for k in DEVICE_KEYS}
+        rows = 0 if one else 1  # the dim of them
 
-        def array(a):
+        def array(k, a):
             def piece(index):
-                *outer, row, time = index
-                at = np.searchsorted(self.local_rows, np.arange(self.micro_batch)[row])
-                return a[(*outer, slice(at[0], at[-1] + 1), time)]  # the rows of one device are neighbours
+                at = np.searchsorted(self.local_rows, np.arange(self.micro_batch)[index[rows]])
+                return a[(*index[:rows], slice(at[0], at[-1] + 1), *index[rows + 1 :])]  # the rows of one device are neighbours
 
-            return jax.make_array_from_callback((*a.shape[:-2], self.micro_batch, a.shape[-1]), sharding, piece)
+            shape = (*a.shape[:rows], self.micro_batch, *a.shape[rows + 1 :])
+            return jax.make_array_from_callback(shape, self._batch_sharding(stacked=not one, text=k in DEVICE_KEYS), piece)
 
-        return {k: array(a) for k, a in local.items()}
+        return {k: array(k, a) for k, a in local.items()}
 
     def spread(self):
         """Sentences on how the work is spread, where there is something to say: the idle share of a pipeline, the balance of a ring."""
@@ -268,8 +271,8 @@ class Setup:
     def _mixers(self):
         return [kind.mixer for kind in resolve(self.config.model).layers]
 
-    def _batch_sharding(self, stacked):
-        spec = axes.spec(("batch", "seq"), rules=self.rules, mesh=self.mesh, array="batch")
+    def _batch_sharding(self, stacked, text=True):
+        spec = axes.spec(("batch", "seq") if text else ("batch",), rules=self.rules, mesh=self.mesh, array="batch")
         return NamedSharding(self.mesh, PartitionSpec(None, *spec) if stacked else spec)
 
     def _rows_of_this_process(self):
@@ -283,10 +286,10 @@ class Setup:
 
     def abstract_batch(self, seq_len, micro_batches=None):
         """ShapeDtypeStructs of one micro-batch [B, T], or of several [M, B, T], with their shardings."""
-        shape = (self.micro_batch, seq_len) if micro_batches is None else (micro_batches, self.micro_batch, seq_len)
-        sharding = self._batch_sharding(stacked=micro_batches is not None)
-        kinds = {"weights": jnp.float32}
-        return {k: jax.ShapeDtypeStruct(shape, kinds.get(k, jnp.int32), sharding=sharding) for k in DEVICE_KEYS}
+        rows = (self.micro_batch,) if micro_batches is None else (micro_batches, self.micro_batch)
+        kinds = {k: ((seq_len,), jnp.float32 if k == "weights" else jnp.int32) for k in DEVICE_KEYS} | self.sources
+        places = {k: self._batch_sharding(stacked=micro_batches is not None, text=k in DEVICE_KEYS) for k in kinds}
+        return {k: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=places[k]) for k, (shape, dtype) in kinds.items()}
 
     def _compile(self, seq_len):
         names = ("eval_step", *self.step_programs)

@@ -100,8 +100,13 @@ class Case:
         self.seed, self.replayed = seed, 0
         self.params = draw.arrays_by_path(self.one.abstract_params, self.one.infos, self.names, seed)
         self.buffers = draw.arrays_by_path(self.one.abstract_buffers, self.one.infos, self.names, seed)
-        self.batch = draw.packed_batch(self.rows, self.user.seq_len, self.user.model.vocab_size, seed)
+        self.batch = self.drawn_batch(seed)
         self.forget()
+
+    def drawn_batch(self, seed):
+        """Rows of packed documents, with images where the model reads them."""
+        batch = draw.packed_batch(self.rows, self.user.seq_len, self.user.model.vocab_size, seed)
+        return draw.with_images(batch, self.one.sources, seed)
 
     @property
     def has_experts(self):

@@ -59,6 +59,21 @@ def packed_batch(rows, length, vocab, seed):
     return _batch(rng.integers(0, vocab, (rows, length)).astype(np.int32), segments)
 
 
+def with_images(batch, sources, seed):
+    """The batch with images at random tokens of its documents, in some rows fewer than there are places.
+
+    sources: `train.sources.arrays` of the model, empty for a model of text.
+    """
+    if not sources:
+        return batch
+    rng, (images, *patches) = np.random.default_rng([seed, 2]), sources["source_patches"][0]
+    rows, length = batch["tokens"].shape
+    at = np.sort(np.argsort(rng.random((rows, length)), axis=1)[:, :images], axis=1).astype(np.int32)
+    ids = np.take_along_axis(batch["segment_ids"], at, axis=1) * (rng.random((rows, images)) < 0.8)
+    drawn = rng.standard_normal((rows, images, *patches), np.float32)
+    return batch | {"source_patches": drawn, "source_index": at, "source_segment_ids": ids.astype(np.int32)}
+
+
 def documents(batch):
     """[(row, start, stop)] of all documents of a batch."""
     found = []
@@ -78,9 +93,19 @@ def alone(batch):
         if i % rows == 0:
             batches.append({k: np.full_like(v, -1 if k == "experts" else 0) for k, v in batch.items()})
         for key in batch:
-            batches[-1][key][i % rows, : stop - start] = 1 if key == "segment_ids" else batch[key][b, start:stop]
+            if not key.startswith("source"):
+                batches[-1][key][i % rows, : stop - start] = 1 if key == "segment_ids" else batch[key][b, start:stop]
+        if "source_patches" in batch:
+            _move_images(batches[-1], i % rows, batch, b, start)
         places.append((len(batches) - 1, i % rows))
     return batches, places
+
+
+def _move_images(there, row, batch, b, start):
+    """Puts the images of the document that starts at this token of row b into a row in which it stands alone."""
+    mine = batch["source_segment_ids"][b] == batch["segment_ids"][b, start]
+    there["source_segment_ids"][row], there["source_patches"][row] = mine, batch["source_patches"][b]
+    there["source_index"][row] = np.where(mine, batch["source_index"][b] - start, 0)
 
 
 def without_rows(batch, rows):

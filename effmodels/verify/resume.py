@@ -7,7 +7,6 @@ import numpy as np
 
 from effmodels.train import grouping
 from effmodels.train.state import TrainState
-from effmodels.verify import draw
 from effmodels.verify.report import Outcome, row
 
 
@@ -19,7 +18,7 @@ def check(case):
     program = case.compiled("train step", lambda: case.jit(setup.functions.train_step, out_shardings=(setup.shardings, None)))
     params, buffers = case.params, case.buffers
     start = TrainState(np.int32(0), params, buffers, setup.optimizer.init(params))
-    second = draw.packed_batch(case.rows, case.user.seq_len, case.user.model.vocab_size, case.seed + 1)
+    second = case.drawn_batch(case.seed + 1)
     first, _ = program(jax.device_put(start, setup.shardings), setup.put([case.batch]))
     straight, metrics = program(first, setup.put([second]))
     with tempfile.TemporaryDirectory() as folder:

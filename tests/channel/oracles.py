@@ -40,8 +40,11 @@ def route(logits_BTE, bias_E, valid_BT, c, capacity=None):
     return kept, routed, dropped
 
 
-def activation(xp, name, h):
+def activation(xp, name, h, swiglu_alpha=1.702, swiglu_limit=7.0):
     """h: the products with each input matrix."""
+    if name == "swiglu_clamped":  # gpt-oss's: the gate is cut from above, the rest from both sides and raised by one
+        gate, up = xp.where(h[0] > swiglu_limit, swiglu_limit, h[0]), xp.where(abs(h[1]) > swiglu_limit, swiglu_limit * xp.sign(h[1]), h[1])
+        return gate / (1 + xp.exp(-swiglu_alpha * gate)) * (up + 1)
     if name == "swiglu":
         return h[0] / (1 + xp.exp(-h[0])) * h[1]
     if name == "relu2":
@@ -51,14 +54,16 @@ def activation(xp, name, h):
     return gelu * h[1] if name == "geglu" else gelu
 
 
-def mlp(xp, p, x, name, prefix=""):
-    inputs = [p[prefix + w] for w in ("w_in", "w_up") if prefix + w in p]
-    return activation(xp, name, [x @ w for w in inputs]) @ p[prefix + "w_out"]
+def mlp(xp, p, x, name, prefix="", **fields):
+    def linear(x, part):
+        return x @ p[f"{prefix}w_{part}"] + p.get(f"{prefix}b_{part}", 0.0)
+
+    return linear(activation(xp, name, [linear(x, part) for part in ("in", "up") if f"{prefix}w_{part}" in p], **fields), "out")
 
 
 def moe(xp, p, x_BTD, kept_BTE, routed_BTE, c):
     """Every expert on every token; weights one-hot by choice. Weights are normalised over all choices, dropped ones included."""
-    logits = x_BTD @ p["router"]
+    logits = x_BTD @ p["router"] + p.get("router_bias", 0.0)
     if c.get("router", "softmax") == "sigmoid":
         scores = 1 / (1 + xp.exp(-logits))
     else:
@@ -66,10 +71,11 @@ def moe(xp, p, x_BTD, kept_BTE, routed_BTE, c):
         scores = scores / scores.sum(axis=-1, keepdims=True)
     weights = scores * routed_BTE
     if c.get("normalize_weights", True):
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + c.get("weights_eps", 1e-20))
     weights = weights * kept_BTE * c.get("routed_scaling", 1.0)
     name, y = c.get("activation", "swiglu"), 0.0
+    fields = {n: c[n] for n in ("swiglu_alpha", "swiglu_limit") if n in c}
     for e in range(p["router"].shape[1]):
-        own = {w: p[w][e] for w in ("w_in", "w_up", "w_out") if w in p}
-        y = y + weights[..., e : e + 1] * mlp(xp, own, x_BTD, name)
-    return y + (mlp(xp, p, x_BTD, name, "shared.") if "shared.w_in" in p else 0.0)
+        own = {w: p[w][e] for w in ("w_in", "w_up", "w_out", "b_in", "b_up", "b_out") if w in p}
+        y = y + weights[..., e : e + 1] * mlp(xp, own, x_BTD, name, **fields)
+    return y + (mlp(xp, p, x_BTD, name, "shared.", **fields) if "shared.w_in" in p else 0.0)

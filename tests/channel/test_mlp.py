@@ -1,7 +1,10 @@
 """The dense feed-forward layer against its formula, its default width, and its errors."""
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effmodels.channel import base
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.config import ConfigError
 from effmodels.layers.context import Ctx
@@ -9,7 +12,26 @@ from effmodels.mixers.base import Env
 from effmodels.models import state as model_state
 from tests.channel import oracles
 from tests.contract.cases import D_MODEL, draw, make_channel
-from tests.numerics import assert_close
+from tests.numerics import assert_close, assert_trees_close
+
+
+@pytest.mark.parametrize("fields", [{}, {"swiglu_alpha": 1.3, "swiglu_limit": 0.6}])
+def test_clamped_swiglu_and_every_gradient(fields, x64):
+    """gpt-oss's activation; of values past the limit the gradient is exactly zero."""
+    graphdef, params, buffers = make_channel("mlp", {"hidden": 7, "activation": "swiglu_clamped", "bias": True, **fields})
+    x, probe = draw(2, 3, D_MODEL), draw(2, 3, D_MODEL, seed=2)
+
+    def loss(run):
+        return jax.grad(lambda params, x: jnp.sum(run(params, x) * probe), argnums=(0, 1))(params, x)
+
+    got = loss(lambda params, x: model_state.merge(graphdef, params, buffers)(x, Ctx())[0])
+    assert_trees_close(got, loss(lambda params, x: oracles.mlp(jnp, params, x, "swiglu_clamped", **fields)), rel=1e-11)
+    want = oracles.mlp(np, params, x, "swiglu_clamped", **fields)
+    assert_close("y", model_state.merge(graphdef, params, buffers)(x, Ctx())[0], want, rel=1e-12)
+    function, _ = base.activation(MLP.Config(activation="swiglu_clamped"))
+    for gate, up, zero in ((7.5, 1.0, 0), (1.0, -7.5, 1), (1.0, 7.5, 1)):
+        assert jax.grad(function, argnums=zero)(gate, up) == 0.0
+    assert jax.grad(function)(-7.5, 1.0) != 0.0, "the gate is cut from above only"
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu2"])
@@ -31,6 +53,7 @@ def test_default_width_keeps_the_parameter_count():
     "fields, message",
     [
         ({"activation": "gelus"}, r"mlp.activation: unknown 'gelus'. Did you mean 'gelu'\?"),
+        ({"swiglu_limit": 0.0}, r"expected swiglu_limit > 0, got 0.0"),
         ({"hidden": 0}, r"expected hidden >= 1 or None, got 0"),
     ],
 )

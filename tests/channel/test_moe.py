@@ -23,10 +23,14 @@ CASES = {
     "softmax": {"num_experts": 5, "top_k": 2, "hidden": 6, "z_coef": 0.1},
     "sigmoid_groups": {
         "num_experts": 12, "top_k": 3, "hidden": 4, "router": "sigmoid", "groups": 4, "top_groups": 2, "routed_scaling": 2.5,
-        "bias_update_rate": 1e-3, "shared_experts": 2, "activation": "geglu",
+        "bias_update_rate": 1e-3, "shared_experts": 2, "activation": "geglu", "weights_eps": 1e-2,
     },
     "top1_raw": {"num_experts": 3, "top_k": 1, "hidden": 5, "normalize_weights": False, "activation": "relu2", "balance": "batch"},
     "capacity": {"num_experts": 4, "top_k": 2, "hidden": 6, "capacity_factor": 0.6, "activation": "gelu"},
+    "biases": {
+        "num_experts": 5, "top_k": 2, "hidden": 6, "activation": "swiglu_clamped", "swiglu_alpha": 1.3, "swiglu_limit": 0.7, "bias": True,
+        "router_bias": True, "shared_experts": 1,
+    },
 }  # fmt: skip
 CAPACITY = {"capacity": 4}  # ceil(0.6 * 13 * 2 / 4) = ceil(3.9)
 
@@ -43,7 +47,8 @@ def test_layer_is_the_dense_one_hot_sum(name, x64):
     c, (graphdef, params, buffers) = CASES[name], make(name)
     x, probe, valid = draw(B, T, D_MODEL), draw(B, T, D_MODEL, seed=2), SEGMENTS > 0
     bias = buffers.get("bias", np.zeros(c["num_experts"]))
-    kept, routed, dropped = oracles.route(x @ params["router"], bias, valid, c, CAPACITY.get(name))
+    logits = x @ params["router"] + params.get("router_bias", 0.0)
+    kept, routed, dropped = oracles.route(logits, bias, valid, c, CAPACITY.get(name))
     assert name not in CAPACITY or dropped > 0
 
     def layer(params, x):
@@ -67,9 +72,9 @@ def test_layer_is_the_dense_one_hot_sum(name, x64):
     assert_close("MaxVio", aux.metrics["moe_max_violation"], load.max() / load.mean() - 1, rel=1e-6)
     assert float(aux.metrics["moe_overflow"]) == 0.0
     if name == "softmax":
-        squares = np.log(np.exp(x @ params["router"]).sum(-1)) ** 2
+        squares = np.log(np.exp(logits).sum(-1)) ** 2
         assert_close("z loss", aux.losses["moe_z"], 0.1 * squares[valid].sum(), rel=1e-12)
-    assert_close("balance loss", aux.losses["moe_balance"], 0.01 * balance(x @ params["router"], routed, valid, c), rel=1e-6)
+    assert_close("balance loss", aux.losses["moe_balance"], 0.01 * balance(logits, routed, valid, c), rel=1e-6)
 
 
 def balance(logits_BTE, routed_BTE, valid_BT, c):
@@ -134,7 +139,7 @@ def test_bias_moves_the_choice_but_not_the_weight(x64):
     assert np.all(np.any(np.asarray(moved.ids_BTk) == 5, axis=-1)) and not np.all(np.any(np.asarray(plain.ids_BTk) == 5, axis=-1))
     for routing in (plain, moved):
         own = np.take_along_axis(1 / (1 + np.exp(-logits)), np.asarray(routing.ids_BTk), axis=-1)
-        assert_close("weights", routing.weights_BTk, 2.5 * own / own.sum(-1, keepdims=True), rel=1e-12)
+        assert_close("weights", routing.weights_BTk, 2.5 * own / (own.sum(-1, keepdims=True) + c.weights_eps), rel=1e-12)
     gradient = jax.grad(lambda b: jnp.sum(routers.route(logits, b, valid, c).weights_BTk ** 2))(jnp.zeros(12))
     assert np.all(np.asarray(gradient) == 0), "the bias is trained by rule only"
 

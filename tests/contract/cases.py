@@ -26,7 +26,7 @@ SLOW = {  # what they hold is in other cases too
     ("attention", "gqa_window"), ("attention", "no_positions"), ("attention", "mqa_sinks_qknorm"), ("attention", "window_0"),
     ("retention", "bare"), ("lightning", "minimax"), ("lightning", "ring"), ("local_global", "first"), ("local_global", "top_strided"),
     ("local_global", "every_strided_gate"), ("gated_delta", "grouped"), ("ssd", "groups"),
-    ("mlp", "swiglu"), ("mlp", "geglu"), ("mlp", "relu2"), ("moe", "top1_raw"),
+    ("block_sparse", "gqa"), ("mlp", "swiglu"), ("mlp", "geglu"), ("mlp", "relu2"), ("moe", "top1_raw"),
 }  # fmt: skip
 
 # A kernel whose slow twin is a scan, which the compiler's count sees once, is counted in another implementation without loops.
@@ -41,7 +41,7 @@ MIXER_VARIANTS = {
         "mqa_sinks_qknorm": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "sinks": True, "qk_norm": True},
         "everything": {
             "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window": WINDOW, "sinks": True, "qk_norm": True, "bias": True,
-            "soft_cap": 5.0, "rotary_fraction": 0.5, "scale": 0.3,
+            "soft_cap": 5.0, "rotary_fraction": 0.5, "scale": 0.3, "output_gate": True,
         },
         "window_0": {"num_heads": 2, "window": 0, "sinks": True},
         "no_positions": {"num_heads": 2, "rotary_fraction": 0.0, "soft_cap": 2.0},
@@ -57,6 +57,9 @@ MIXER_VARIANTS = {
         "top_strided": {"num_heads": 2, "window": 2, "stride": 1, "globals": "top", "top_block": 3, "top_ratio": 0.34},
     },
     "topk_sparse": {"gqa": {"num_heads": 4, "num_kv_heads": 2, "top_k": 3, "index_heads": 2, "index_dim": 6, "qk_norm": True}},
+    "block_sparse": {
+        "gqa": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 3, "block": 3, "top_blocks": 1, "qk_norm": True},
+    },
     "gated_delta": {"grouped": {"num_heads": 2, "num_value_heads": 4, "head_dim": 5, "value_dim": 3, "conv_width": 3, "chunk": WINDOW}},
     "latent": {"deepseek": {"num_heads": 2, "rope_dim": 4, "value_dim": 3, "kv_rank": 12, "q_rank": 6, "rope_interleaved": True}},
     "retention": {
@@ -66,7 +69,7 @@ MIXER_VARIANTS = {
     "ssd": {
         "groups": {
             "num_heads": 4, "head_dim": 3, "state_dim": 5, "groups": 2, "norm": "before_gate", "norm_groups": 2, "chunk": WINDOW,
-            "conv_width": 3, "conv_bias": False, "dt_min": 0.1,
+            "conv_width": 3, "conv_bias": False, "bias": True, "dt_min": 0.1,
         },
     },
 }  # fmt: skip
@@ -80,6 +83,10 @@ CHANNEL_VARIANTS = {
         },
         "top1_raw": {"num_experts": 5, "top_k": 1, "hidden": 8, "normalize_weights": False, "activation": "relu2", "balance": "batch"},
         "capacity": {"num_experts": 4, "top_k": 2, "hidden": 8, "capacity_factor": 0.75, "balance_coef": 0.0},
+        "biases": {
+            "num_experts": 5, "top_k": 2, "hidden": 8, "activation": "swiglu_clamped", "swiglu_limit": 0.7, "bias": True,
+            "router_bias": True,
+        },
     },
 }  # fmt: skip
 

@@ -176,6 +176,7 @@ FLOPS_CASES = [
     ("retention", {"num_heads": 2}, "mlp", {"hidden": 100, "activation": "relu2"}),
     ("retention", {"num_heads": 2, "chunk": 16, "value_dim": 40, "gate": False}, "mlp", {"hidden": 100}),
     ("attention", {"num_heads": 2}, "moe", {"num_experts": 3, "top_k": 2, "hidden": 48, "shared_experts": 1}),
+    ("attention", {"num_heads": 2}, "moe", {"num_experts": 6, "top_k": 2, "hidden": 16, "shared_experts": 1, "bias": True}),
 ]
 
 

@@ -19,6 +19,26 @@ TORCHSCALE = {
     "decoder_layers": 3, "layernorm_eps": 1e-6, "no_scale_embedding": True, "activation_fn": "swish",
     "share_decoder_input_output_embed": False,
 }  # fmt: skip
+DELTA_HYBRID = {
+    **GROUPED, **EXPERTS, "num_hidden_layers": 4, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 7, "linear_value_head_dim": 6,
+    "shared_expert_intermediate_size": 28, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+MAMBA = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_heads": 6, "head_dim": 8, "state_size": 7, "n_groups": 2}
+SHORT_CONVS = {
+    **GROUPED, **EXPERTS, "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1,
+}  # fmt: skip
+
+OSS = {**GROUPED, "num_hidden_layers": 4, "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5}
+MINIMAX = {**GROUPED, "num_local_experts": 4, "num_hidden_layers": 4, "block_size": 8}
+for _part, _alpha, _beta in (("full_attn", 1.7, 0.8), ("linear_attn", 1.3, 1.1), ("mlp", 0.9, 1.2)):
+    MINIMAX |= {_part + "_alpha_factor": _alpha, _part + "_beta_factor": _beta}
+BAILING = {
+    **GROUPED, "num_hidden_layers": 5, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+    "rope_theta": 600.0, "partial_rotary_factor": 0.5, "group_norm_size": 2, "layer_group_size": 3, "first_k_dense_replace": 1,
+    "num_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "linear_silu": False,
+    "use_qk_norm": True, "score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+}  # fmt: skip
 
 CASES = {
     "llama": {"model_type": "llama", **GROUPED, "tie_word_embeddings": True, "head_dim": 10},
@@ -36,8 +56,43 @@ CASES = {
     "qwen2_moe": {"model_type": "qwen2_moe", **GROUPED, **EXPERTS, "shared_expert_intermediate_size": 28, "mlp_only_layers": [0]},
     "qwen3_moe": {"model_type": "qwen3_moe", **GROUPED, **EXPERTS, "norm_topk_prob": True, "head_dim": 8},
     "olmoe": {"model_type": "olmoe", **GROUPED, "num_experts": 6, "num_experts_per_tok": 3},
+    "gpt_oss": {
+        "model_type": "gpt_oss", **OSS, "swiglu_limit": 0.8, "rope_parameters": YARN | {"truncate": False}, "rms_norm_eps": 1e-6,
+    },
+    "gpt_oss_full": {
+        "model_type": "gpt_oss", **OSS, "layer_types": ["full_attention"] * 4, "attention_bias": False, "tie_word_embeddings": True,
+        "swiglu_alpha": 1.1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "minimax": {"model_type": "minimax", **MINIMAX, "layer_types": ["linear_attention", "linear_attention", "full_attention"] + [
+        "linear_attention"]},
+    "minimax_window": {
+        "model_type": "minimax", **GROUPED, "head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6,
+        "block_size": 5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+    "bailing_moe_linear": {"model_type": "bailing_moe_linear", **BAILING, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "bailing_moe_linear_plain": {
+        "model_type": "bailing_moe_linear", **BAILING, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6,
+        "group_norm_size": 3, "layer_group_size": 2, "first_k_dense_replace": 0, "num_shared_experts": 0, "n_group": 1, "topk_group": 1,
+        "linear_silu": True, "use_qk_norm": False, "score_function": "softmax", "moe_router_enable_expert_bias": False,
+        "tie_word_embeddings": True, "partial_rotary_factor": 1.0, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+    },
     "retnet": {"model_type": "retnet", **{k: v for k, v in SMALL.items() if k != "num_attention_heads"}, "num_heads": 2},
     "torchscale_retnet": {"model_type": "torchscale_retnet", **TORCHSCALE},
+    "mamba2": {"model_type": "mamba2", **MAMBA, "chunk_size": 8},
+    "mamba2_biases": {
+        "model_type": "mamba2", **MAMBA, "use_bias": True, "use_conv_bias": False, "time_step_limit": [0.2, 1.5], "conv_kernel": 3,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {"model_type": "qwen3_next", **DELTA_HYBRID},
+    "qwen3_next_biases": {
+        "model_type": "qwen3_next", **DELTA_HYBRID, "attention_bias": True, "mlp_only_layers": [1], "norm_topk_prob": False,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 5, "tie_word_embeddings": True,
+    },
+    "lfm2_moe": {"model_type": "lfm2_moe", **SHORT_CONVS},
+    "lfm2_moe_biases": {
+        "model_type": "lfm2_moe", **SHORT_CONVS, "conv_bias": True, "conv_L_cache": 4, "use_expert_bias": False, "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7, "tie_word_embeddings": False,
+    },
     "deepseek_v2": {"model_type": "deepseek_v2", **LATENT, "topk_method": "group_limited_greedy", "q_lora_rank": None},
     "deepseek_v3": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 12, "rope_parameters": DEEPSEEK_YARN},
 }

@@ -25,7 +25,8 @@ def logits(ref):
 
 def tensors(ref):
     """{name: array} of a reference's checkpoint."""
-    return {n: weights(n, tuple(shape)).astype(dtype) for n, (dtype, *shape) in ref["tensors"].items()}
+    kind = ref["config"]["model_type"]
+    return {n: weights(n, tuple(shape), kind).astype(dtype) for n, (dtype, *shape) in ref["tensors"].items()}
 
 
 def write(path, arrays, config, dtype=None):

@@ -13,10 +13,11 @@ import tempfile
 
 import numpy as np
 
+from tests.interop import bailing_oracle, retnet_oracles
 from tests.interop.cases import CASES
 from tests.interop.draws import weights
-from tests.interop.retnet_oracles import ORACLES
 
+ORACLES = retnet_oracles.ORACLES | bailing_oracle.ORACLES
 HERE = pathlib.Path(__file__).parent / "references"
 LENGTHS = (19, 13)
 
@@ -52,7 +53,9 @@ def by_transformers(fields, rows):
         file = pathlib.Path(folder) / "model.safetensors"
         saved = load_file(file)
         config_json = json.loads((pathlib.Path(folder) / "config.json").read_text())
-        save_file({n: weights(n, a.shape) for n, a in saved.items()}, file, metadata={"format": "pt"})
+        kept = {n for n, _ in model.named_buffers() if not n.endswith("bias")}  # tables that follow from the config
+        drawn = {n: a if n in kept else weights(n, a.shape, fields["model_type"]) for n, a in saved.items()}
+        save_file(drawn, file, metadata={"format": "pt"})
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
             logits = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows]

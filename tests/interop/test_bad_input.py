@@ -167,3 +167,19 @@ def test_a_model_that_no_family_holds(tmp_path):
     with pytest.raises(InteropError, match="no family"):
         save_pretrained(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "case, config, parts",
+    [
+        ("mamba2", {"expand": 3}, ("expand=3", "num_heads=6 times head_dim=8")),
+        ("mamba2", {"hidden_act": "gelu"}, ("hidden_act='gelu'",)),
+        ("mamba2", {"use_bias": True}, ("missing backbone.layers.0.mixer.in_proj.bias",)),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 3}, ("layer_types must name 4 layers", "linear_attention")),
+        ("qwen3_next", {"layer_types": None}, ("missing model.layers.1.linear_attn.in_proj_qkvz.weight",)),
+        ("lfm2_moe", {"layer_types": ["conv", "conv", "mamba", "conv"]}, ("layer_types must name 4 layers", "'mamba'")),
+        ("lfm2_moe", {"use_expert_bias": False}, ("not known: model.layers.1.feed_forward.expert_bias",)),
+    ],
+)
+def test_hybrids_that_contradict_their_tensors(tmp_path, case, config, parts):
+    refused(folders.folder(tmp_path, case, **config), *parts)

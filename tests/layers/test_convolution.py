@@ -21,16 +21,16 @@ N, H = 4, 3
 SEGMENTS = np.array([[1] * 5 + [2] * 2 + [3] * 1 + [4] * 13 + [0] * 3, [0] * 2 + [7] * 20 + [0] * 2], np.int32)
 
 
-def make(width=4, bias=True):
+def make(width=4, bias=True, swish=True):
     def build():
         return ShortConvolution(
-            (N, H), ("heads", "head_dim"), ("act_heads", None), rngs=nnx.Rngs(0), width=width, bias=bias, param_dtype="float64"
+            (N, H), ("heads", "head_dim"), ("act_heads", None), rngs=nnx.Rngs(0), width=width, bias=bias, swish=swish, param_dtype="float64"
         )
 
     return fill(build)[:2]
 
 
-def loop(params, x, segments):
+def loop(params, x, segments, swish=True):
     """One token and tap at a time; taps outside of the token's document are left out."""
     width, y = params["weight"].shape[-1], []
     for b in range(x.shape[0]):
@@ -41,7 +41,7 @@ def loop(params, x, segments):
                     total = total + params["weight"][..., width - 1 - back] * x[b, t - back]
             y.append(total)
     y = jnp.stack(y).reshape(x.shape)
-    return y / (1 + jnp.exp(-y))
+    return y / (1 + jnp.exp(-y)) if swish else y
 
 
 def with_grads(f, params, x):
@@ -50,15 +50,15 @@ def with_grads(f, params, x):
     return y, grads
 
 
-@pytest.mark.parametrize("width, bias, packed", [(4, True, True), (2, False, False)])
-def test_values_and_gradients_are_those_of_the_loop(width, bias, packed):
-    graphdef, params = make(width, bias)
+@pytest.mark.parametrize("width, bias, packed, swish", [(4, True, True, True), (2, False, False, True), (3, False, True, False)])
+def test_values_and_gradients_are_those_of_the_loop(width, bias, packed, swish):
+    graphdef, params = make(width, bias, swish)
     x, segments = draw(2, 11, N, H), SEGMENTS[:, :11] if packed else np.ones((2, 11), np.int32)
 
     @jit
     def run(params, x):
         got = with_grads(lambda p, x: model_state.merge(graphdef, p, {})(x, segments if packed else None), params, x)
-        return got, with_grads(lambda p, x: loop(p, x, segments), params, x)
+        return got, with_grads(lambda p, x: loop(p, x, segments, swish), params, x)
 
     assert_trees_close(*run(params, x), rel=1e-13)
 

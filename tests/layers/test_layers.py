@@ -10,8 +10,9 @@ from effmodels.layers.context import Ctx, dropout
 from effmodels.layers.linear import dot
 from effmodels.layers.norms import LayerNorm, RMSNorm, rms_normalise
 from effmodels.layers.param import ParamInfo, ones, param, zeros
+from effmodels.models import state as model_state
 from tests.contract.cases import draw
-from tests.numerics import assert_close
+from tests.numerics import assert_close, assert_trees_close
 
 
 def test_norms_are_their_formulas(x64):
@@ -21,6 +22,36 @@ def test_norms_are_their_formulas(x64):
     rms.scale[...], layer.scale[...], layer.bias[...] = scale, scale, bias
     assert_close("rms", rms(x), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale, rel=1e-13)
     assert_close("layer", layer(x), (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias, rel=1e-13)
+
+
+def test_an_offset_is_added_to_the_scale(x64):
+    """Values and gradients; the scale starts where norm and offset together multiply with one."""
+    x, probe, scale, bias = draw(3, 5, 7), draw(3, 5, 7, seed=3), draw(7, seed=1), draw(7, seed=2)
+    for norm, offset in ((RMSNorm, 1.0), (LayerNorm, 0.75)):
+        module = norm(7, rngs=nnx.Rngs(0), eps=1e-5, param_dtype="float64", offset=offset)
+        assert np.array_equal(module.scale[...], np.full(7, 1 - offset))
+        graphdef, params, _ = model_state.split(module)
+        params = {n: {"scale": scale, "bias": bias}[n] for n in params}
+
+        def plain(p, x, norm=norm, offset=offset):
+            centred = x - x.mean(-1, keepdims=True) if norm is LayerNorm else x
+            return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * (offset + p["scale"]) + p.get("bias", 0.0)
+
+        def called(p, x, graphdef=graphdef):
+            return model_state.merge(graphdef, p, {})(x)
+
+        got, want = (jax.grad(lambda p, x, f=f: (jnp.sum(f(p, x) * probe), f(p, x)), argnums=(0, 1), has_aux=True)(params, x)
+                     for f in (called, plain))  # fmt: skip
+        assert_trees_close(got, want, rel=1e-12)
+
+
+def test_an_offset_keeps_the_bits_of_a_small_scale():
+    """1 + 2^-9 is one in bfloat16, and times 3 it is not three."""
+    norm = RMSNorm(2, rngs=nnx.Rngs(0), eps=0.0, param_dtype="bfloat16", offset=1.0)
+    norm.scale[...] = jnp.full((2,), 2.0**-9, jnp.bfloat16)
+    assert np.array_equal(norm(jnp.asarray([[1.0, -1.0]], jnp.bfloat16)), jnp.asarray([[1.0, -1.0]], jnp.bfloat16))
+    wide = norm(jnp.asarray([[1.0, -1.0]], jnp.float32))
+    assert np.array_equal(wide, np.float32([[1 + 2.0**-9, -1 - 2.0**-9]]))
 
 
 def test_norms_compute_in_float32_and_survive_zeros():

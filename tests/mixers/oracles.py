@@ -57,5 +57,8 @@ def attention_layer(xp, p, x_TD, c):
             scores = c["cap"] * xp.tanh(scores / c["cap"])
         weights = xp.where(seen, xp.exp(scores), 0.0)
         total = weights.sum(axis=1, keepdims=True) + (xp.exp(p["sinks"][n]) if "sinks" in p else 0.0)
-        outputs = outputs + (weights / total) @ v @ p["wo"][n]
+        y = (weights / total) @ v
+        if "wg" in p:
+            y = y / (1 + xp.exp(-(x_TD @ p["wg"][:, n] + (p["bg"][n] if "bg" in p else 0.0))))
+        outputs = outputs + y @ p["wo"][n]
     return outputs

@@ -20,21 +20,23 @@ CASES = {
     "mha": {"num_heads": 3},
     "gqa": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "rope_theta": 100.0},
     "mqa": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 6, "bias": True, "sinks": True},
+    "gate": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "output_gate": True},
     "window": {"num_heads": 2, "window": 5, "soft_cap": 2.0, "rotary_fraction": 0.34, "scale": 0.7, "qk_norm": True},
     "everything": {
         "num_heads": 4, "num_kv_heads": 2, "head_dim": 10, "window": 3, "soft_cap": 1.5, "sinks": True, "qk_norm": True, "bias": True,
-        "rotary_fraction": 0.5,
+        "rotary_fraction": 0.5, "output_gate": True,
     },
     "no_rotation": {"num_heads": 2, "rotary_fraction": 0.0, "sinks": True},
 }  # fmt: skip
-ROTARY = {"mha": 4, "gqa": 4, "mqa": 6, "window": 2, "everything": 4, "no_rotation": 0}  # rotated dims: of 0.34 * 6 = 2.04 and 0.5 * 10
+# Rotated dims.
+ROTARY = {"mha": 4, "gqa": 4, "mqa": 6, "gate": 6, "window": 2, "everything": 4, "no_rotation": 0}  # of 0.34 * 6 = 2.04 and 0.5 * 10
 
 
 def make(fields):
     return fill(lambda: Attention(Attention.Config(**fields), ENV, rngs=nnx.Rngs(0)))[:2]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("mha", "gqa") else []) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("mha", "gqa", "gate") else []) for n in CASES])
 def test_values_and_gradients_are_those_of_the_naive_form(name, x64):
     fields = CASES[name]
     graphdef, params = make(fields)

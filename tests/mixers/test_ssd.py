@@ -23,7 +23,7 @@ CASES = {
     "mamba2": {"num_heads": 4, "head_dim": 3, "state_dim": 5, "groups": 2, "norm_eps": 1e-3, "chunk": 4},
     "groups": {
         "num_heads": 4, "head_dim": 3, "state_dim": 5, "norm": "before_gate", "norm_groups": 2, "norm_eps": 1e-3, "conv_bias": False,
-        "conv_width": 2, "dt_min": 0.6, "dt_max": 0.8,
+        "conv_width": 2, "dt_min": 0.6, "dt_max": 0.8, "bias": True,
     },
 }  # fmt: skip
 
@@ -36,9 +36,14 @@ def silu(x):
     return x / (1 + jnp.exp(-x))
 
 
+def linear(p, name, x, n):
+    """One head of a projection."""
+    return x @ p[f"w{name}"][:, n] + (p[f"b{name}"][n] if f"b{name}" in p else 0.0)
+
+
 def mixed(p, name, x, w):
     """swish of the causal convolution of x w, one head: tap i meets the token W - 1 - i before."""
-    taps, y = p[f"conv_{name}.weight"][w], x @ p[f"w{name}"][:, w]
+    taps, y = p[f"conv_{name}.weight"][w], linear(p, name, x, w)
     padded = jnp.concatenate([jnp.zeros((taps.shape[-1] - 1, y.shape[1])), y])
     y = sum(padded[i : i + len(x)] * taps[:, i] for i in range(taps.shape[-1]))
     return silu(y + (p[f"conv_{name}.bias"][w] if f"conv_{name}.bias" in p else 0.0))
@@ -49,7 +54,7 @@ def naive(p, x, c):
     N, G, heads = c.num_heads, c.groups, []
     for n in range(N):
         b, inner, out = mixed(p, "b", x, n * G // N), mixed(p, "x", x, n), mixed(p, "c", x, n * G // N)
-        dt = jnp.clip(jnp.log1p(jnp.exp(x @ p["wdt"][:, n] + p["dt_bias"][n])), c.dt_min, c.dt_max)
+        dt = jnp.clip(jnp.log1p(jnp.exp(linear(p, "dt", x, n) + p["dt_bias"][n])), c.dt_min, c.dt_max)
 
         def token(h, xs, n=n):
             x, b, c, dt = xs
@@ -57,12 +62,12 @@ def naive(p, x, c):
             return h, h @ c + p["skip"][n] * x
 
         heads.append(jax.lax.scan(token, jnp.zeros((c.head_dim, c.state_dim)), (inner, b, out, dt))[1])
-    y, gate = jnp.concatenate(heads, axis=1), jnp.concatenate([silu(x @ p["wz"][:, n]) for n in range(N)], axis=1)
+    y, gate = jnp.concatenate(heads, axis=1), jnp.concatenate([silu(linear(p, "z", x, n)) for n in range(N)], axis=1)
     y = y * gate if c.norm == "gated" else y
     parts = jnp.split(y, c.norm_groups, axis=1)
     y = jnp.concatenate([part / jnp.sqrt(jnp.mean(part**2, axis=1, keepdims=True) + 1e-3) for part in parts], axis=1)
     y = y * p["norm_scale"].reshape(-1) * (gate if c.norm == "before_gate" else 1.0)
-    return y @ p["wo"].reshape(-1, D)
+    return y @ p["wo"].reshape(-1, D) + p.get("bo", 0.0)
 
 
 @pytest.mark.parametrize("name", CASES)

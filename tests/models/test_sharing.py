@@ -111,6 +111,58 @@ def test_neighbours_scanned_equal_unrolled_and_keep_their_names(rank, x64):
     assert model_state.num_params(scanned) < cost(dataclasses.replace(config, sharing={}), 16).params
 
 
+@pytest.mark.parametrize("layers", [6, 5])
+def test_neighbours_share_diagonal_blocks_and_nothing_else(layers, x64):
+    """Against layers without sharing whose matrices are put together block by block; an odd number leaves the last layer alone."""
+    fields = {**NEIGHBOURS, "num_layers": layers, "channels": {"mlp": {"hidden": 12, "bias": True}}}
+    config = dataclasses.replace(CONFIG, **fields, sharing={"channel": "diagonal:4"})
+    build = lambda: Decoder(config, rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, params, buffers = fill(build)
+    model, plain = nnx.eval_shape(build), nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, sharing={}), rngs=nnx.Rngs(0)))
+    plain_graphdef, plain_params, _ = model_state.split(plain)
+    names, plain_names = model_state.manifest(model), model_state.manifest(plain)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 11)
+    batch = {"tokens": tokens, "targets": jnp.roll(tokens, -1, 1)}
+
+    def put_together(params):
+        def of(name):
+            path, i = names[name]
+            return params[path] if i is None else params[path][i]
+
+        def whole(name):
+            _, layer, *rest = name.split(".")
+            shared = ".".join(["shared", str(int(layer) // 2 * 2), *rest])
+            if shared not in names or rest[0] != "channel" or name in names and not rest[1].startswith("w_"):
+                return of(name)
+            lender = of(shared)
+            if name not in names:
+                return lender
+            (R, C), rest_RC, out = lender.shape, of(name), jnp.zeros(lender.shape)
+            r, c = R // 4, C // 4
+            for i in range(4):
+                kept = [rest_RC[i * r : (i + 1) * r, b * c : (b + 1) * c] for b in range(3)]
+                blocks = [*kept[:i], lender[i * r : (i + 1) * r, i * c : (i + 1) * c], *kept[i:]]
+                out = out.at[i * r : (i + 1) * r].set(jnp.concatenate(blocks, 1))
+            return out
+
+        found = {}
+        for path in plain_params:
+            pieces = [(i, (whole if n.startswith("layers") else of)(n)) for n, (p, i) in plain_names.items() if p == path]
+            found[path] = pieces[0][1] if pieces[0][0] is None else jnp.stack([v for _, v in sorted(pieces, key=lambda pair: pair[0])])
+        return found
+
+    def loss(graphdef):
+        return lambda params: model_state.merge(graphdef, params, buffers).loss(batch).total_sum
+
+    value, gradient = jit(jax.value_and_grad(loss(graphdef)))(params)
+    want, want_gradient = jit(jax.value_and_grad(lambda p: loss(plain_graphdef)(put_together(p))))(params)
+    assert np.isclose(value, want, rtol=1e-12)
+    for path in params:
+        np.testing.assert_allclose(gradient[path], want_gradient[path], rtol=1e-9, atol=1e-11, err_msg=path)
+    matrices = 3 * 8 * 12 * (layers // 2)
+    assert model_state.num_params(model) == cost(config, 16).params == model_state.num_params(plain) - matrices // 4
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_are_counted_without_building(form):
     config = dataclasses.replace(CONFIG, sharing=FORMS[form], param_dtype="float32")
@@ -158,10 +210,12 @@ def test_queries_keys_and_values_shared_by_all_heads_are_one_head(x64):
     "fields, message",
     [
         ({"mixr": "cycle:2"}, "Did you mean 'mixer'"),
-        ({"mixer": "cycle"}, r"model.sharing.mixer: expected none, cycle:n \(n >= 1\) or neighbours:n \(n >= 2\), got 'cycle'"),
+        ({"mixer": "cycle"}, r"model.sharing.mixer: expected none, cycle:n \(n >= 1\), neighbours:n or diagonal:n \(n >= 2\), got 'cycle'"),
         ({"channel": "neighbours:1"}, "model.sharing.channel: expected"),
         ({"mixer": "cycle:3"}, "layers 0 and 3 would use the same weights, but are 'attention' and 'retention'"),
         ({"rank": 4}, "model.sharing.rank: expected a rank >= 0 with a shared mixer or channel"),
+        ({"mixer": "diagonal:2"}, "'diagonal:n' is for the channel alone and without a rank"),
+        ({"channel": "diagonal:2"}, "'diagonal:2' is for dense channel mixers, not 'moe'"),
     ],
 )
 def test_mistakes(fields, message):

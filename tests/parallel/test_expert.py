@@ -2,6 +2,7 @@
 
 Letters: B batch, T time, D model, F ffn, E experts, e experts of one shard, k choices per token, n expert shards, M choices of one shard.
 """
+import contextlib
 import functools
 
 import jax
@@ -114,6 +115,44 @@ def test_ragged_under_a_mesh_as_on_one_device(case, x64, ragged):
 
 def test_gathered_weights_under_a_mesh_as_on_one_device(x64):
     check(*MESHES["data, tensor"], "gather")
+
+
+def biased(fast, x, weights, ids, w_in, w_up, w_out, *biases):
+    """(sum of y times a probe, y) of experts with biases; slow: every expert on every token, weighted by who was chosen."""
+
+    def inner(a, b):
+        return jnp.tanh(a) * (b + 1)
+
+    if fast:
+        y = expert.expert_ffn(x, ids, weights, (w_in, w_up), w_out, inner, biases=biases, implementation="reference")
+    else:
+        y = 0.0
+        for e in range(E):
+            own_in, own_up, own_out = (b[e] for b in biases)
+            y_e = inner(x @ w_in[e] + own_in, x @ w_up[e] + own_up) @ w_out[e] + own_out
+            y = y + jnp.sum(jnp.where(ids == e, weights, 0.0), axis=-1, keepdims=True) * y_e
+    return jnp.sum(y * draw(B, T, D, seed=8)), y
+
+
+BIASED = functools.partial(jit, static_argnums=0)(jax.value_and_grad(biased, argnums=(1, 2, 4, 5, 6, 7, 8, 9), has_aux=True))
+
+
+@pytest.mark.parametrize("case, form", [(None, None), ("data, tensor", "padded"), ("data, tensor", "gather"), ("fsdp, seq", "padded"),
+                                        ("experts over two axes", "padded"), ("expert 8", "ragged")])  # fmt: skip
+def test_biases_of_experts_as_of_every_expert_on_every_token(case, form, x64, request):
+    """Each row gets those of its own expert, once over the columns of a tensor axis, and rows of no expert get none."""
+    if form == "ragged":
+        request.getfixturevalue("ragged")
+    sizes, k, rules = MESHES[case] if case else (None, 2, None)
+    x, *w = parameters()
+    biases = draw(E, F, seed=5), draw(E, F, seed=6), draw(E, D, seed=7)
+    for name, ids in routings(k).items():
+        arrays = x, draw(B, T, k, seed=1), ids.astype(np.int32), *w, *biases
+        want = BIASED(False, *arrays)
+        with contextlib.ExitStack() as stack:
+            if case:
+                stack.enter_context(axes.use(mesh.make_mesh(sizes), rules, Options(experts=form)))
+            assert_trees_close({name: BIASED(True, *arrays)}, {name: want}, rel=1e-11)
 
 
 @pytest.mark.parametrize("form", ["padded", "ragged"])

@@ -125,3 +125,19 @@ def test_weights_split_over_the_experts_axis_are_gathered_but_experts_are_not():
     assert found[("expert",), "all-gather"] == pytest.approx(3 / 4 * gathered)
     assert (("expert",), "all-gather") not in before
     assert found[("expert",), "all-to-all"] == before[("expert",), "all-to-all"]
+
+
+def test_layers_without_a_channel_mixer_send_what_their_mixer_does():
+    layers, table, norms = 4 * L * ATTENTION, 4 * V * D, 4 * D
+    found = total({"fsdp": 4}, model={"channel": ("none",), "channels": {}})
+    assert found[("fsdp",), "all-gather"] == 3 / 4 * (2 * layers + table)
+    assert found[("fsdp",), "all-reduce"] == 2 * 3 / 4 * norms * (L + 1)
+    one = total({"tensor": 2}, 2, model={"channel": ("none",), "channels": {}})[("tensor",), "all-reduce"]
+    both = total({"tensor": 2}, 2)[("tensor",), "all-reduce"]
+    assert 0 < one < both
+
+
+def test_a_short_convolution_sends_its_last_inputs_to_one_neighbour():
+    """Two inputs of every row and layer, forward, and their gradients back."""
+    model = {"pattern": ("short_conv",), "mixers": {}, "channel": ("none",), "channels": {}}
+    assert total({"seq": 4}, model=model)[("seq",), "collective-permute"] == 2 * L * B * 2 * D * 4

@@ -52,15 +52,18 @@ def part(resolved, what, cls):
     return only.config
 
 
-def read_attention(c, theta=10_000.0, head_dim=None, **fields):
-    """The fields of an Attention from those of Llama and its kin; head_dim: of a family that has a default of its own."""
+def read_attention(c, theta=10_000.0, head_dim=None, fraction=1.0, rope_default=None, **fields):
+    """The fields of an Attention from those of Llama and its kin.
+
+    theta, head_dim, fraction (that rotates), rope_default (a mapping of `rope_parameters`): the family's own where the file says nothing.
+    """
     heads = c.get("num_attention_heads")
     head_dim = c.get("head_dim", None) or head_dim
     if head_dim is None and c.get("hidden_size") % heads:
         raise InteropError(f"config.json: hidden_size={c.get('hidden_size')} is not divisible by num_attention_heads={heads}.")
     return {
         "kind": "attention", "num_heads": heads, "num_kv_heads": c.get("num_key_value_heads", None) or heads,
-        "head_dim": head_dim or c.get("hidden_size") // heads, **rope(c, theta), **fields,
+        "head_dim": head_dim or c.get("hidden_size") // heads, **rope(c, theta, fraction, rope_default), **fields,
     }  # fmt: skip
 
 
@@ -72,9 +75,9 @@ def write_attention(a, resolved):
     }  # fmt: skip
 
 
-def rope(c, theta, fraction=1.0):
+def rope(c, theta, fraction=1.0, default=None):
     """rope_theta, rotary_fraction and rope_scaling from `rope_parameters` (transformers 5) or the fields that came before it."""
-    given = dict(c.get("rope_parameters", None) or c.get("rope_scaling", None) or {})
+    given = dict(c.get("rope_parameters", None) or c.get("rope_scaling", None) or default or {})
     old_theta, fraction = c.get("rope_theta", theta), c.get("partial_rotary_factor", fraction)
     c.get("rope_scaling", None)
     theta, fraction = given.pop("rope_theta", old_theta), given.pop("partial_rotary_factor", fraction)
@@ -137,11 +140,11 @@ def write_rope(a):
     return {"rope_parameters": parameters}
 
 
-def read_top(c, **fields):
-    """The fields of a ModelConfig around the layers."""
+def read_top(c, norm_eps=1e-6, **fields):
+    """The fields of a ModelConfig around the layers; norm_eps: the family's default."""
     return {
         "vocab_size": c.get("vocab_size"), "d_model": c.get("hidden_size"), "num_layers": c.get("num_hidden_layers"),
-        "norm": "rmsnorm", "norm_eps": float(c.get("rms_norm_eps", 1e-6)), "tie_embeddings": bool(c.get("tie_word_embeddings", False)),
+        "norm": "rmsnorm", "norm_eps": float(c.get("rms_norm_eps", norm_eps)), "tie_embeddings": bool(c.get("tie_word_embeddings", False)),
         **fields,
     }  # fmt: skip
 

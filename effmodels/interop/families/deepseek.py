@@ -1,12 +1,23 @@
 """DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437): latent attention, group-limited routing, shared experts, dense first layers."""
+import dataclasses
+
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.channel.moe import MoE
 from effmodels.interop.errors import InteropError
 from effmodels.interop.families import common, llama
 from effmodels.interop.table import Family, Rule
 from effmodels.mixers.latent import Latent
+from effmodels.models import mtp
 
 THEIRS, OURS = common.LAYER + "self_attn.", common.OURS + "mixer."
+
+
+def _ahead(ours):
+    names = (ours,) if isinstance(ours, str) else ours
+    found = tuple(n.replace(common.OURS, "mtp.{m}.layer.") for n in names)
+    return found[0] if isinstance(ours, str) else found
+
+
 RULES = (
     *common.TOP, *common.NORMS,
     Rule(THEIRS + "q_proj.weight", OURS + "wq", "(N H) D -> D N H"),
@@ -21,6 +32,14 @@ RULES = (
     Rule(common.LAYER + "mlp.gate.e_score_correction_bias", common.OURS + "channel.bias"),
     *common.mlp(common.LAYER + "mlp.shared_experts.", common.OURS + "channel.shared.", on=("moe",)),
 )  # fmt: skip
+# Modules for further tokens are layers behind the last, each with a copy of the table and of the head.
+AHEAD = (
+    *(dataclasses.replace(r, ours=_ahead(r.ours)) for r in RULES if "{i}" in r.theirs),
+    Rule(common.LAYER + "enorm.weight", "mtp.{m}.norm_embed.scale"),
+    Rule(common.LAYER + "hnorm.weight", "mtp.{m}.norm_hidden.scale"),
+    Rule(common.LAYER + "eh_proj.weight", "mtp.{m}.w_join", "D I -> I D"),
+    Rule(common.LAYER + "shared_head.norm.weight", "mtp.{m}.norm_out.scale"),
+)
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever rms_norm_eps is
 BALANCE_RATE = 1e-3  # where training goes on; V3's own
 
@@ -40,12 +59,26 @@ def read_v3(c):
     c.only("rope_interleave", True)
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
-    c.get("num_nextn_predict_layers", None)
+    c.get("num_nextn_predict_layers", None)  # see `seen_v3`
     routing = {
         "router": "sigmoid", "normalize_weights": bool(c.get("norm_topk_prob", True)), "groups": c.get("n_group", 8),
         "top_groups": c.get("topk_group", 4), "bias_update_rate": BALANCE_RATE,
     }  # fmt: skip
     return _read(c, routing, first_dense=3)
+
+
+def seen_v3(config, names):
+    """The config with as many modules for further tokens as the files hold: most files declare one and leave it out."""
+    depth = sum(name.endswith(".eh_proj.weight") for name in names)
+    return config | ({"mtp": {"depth": depth}} if depth else {})
+
+
+def copies_v3(resolved):
+    """{tensor of a module: the tensor of the model that it repeats}."""
+    layers = (len(resolved.layers) + k for k in range(mtp.check(resolved.config.mtp).depth))
+    head = "model.embed_tokens.weight" if resolved.config.tie_embeddings else "lm_head.weight"
+    pairs = (("embed_tokens.weight", "model.embed_tokens.weight"), ("shared_head.head.weight", head))
+    return {common.LAYER.format(i=i) + name: original for i in layers for name, original in pairs}
 
 
 def _read(c, routing, first_dense):
@@ -91,7 +124,11 @@ def write_v2(resolved):
 def write_v3(resolved):
     """config.json's fields."""
     fields, moe = _write(resolved)
-    return fields | {"n_group": moe.groups, "topk_group": moe.top_groups, "norm_topk_prob": moe.normalize_weights}
+    ahead = mtp.check(resolved.config.mtp)
+    if ahead.depth and ahead.form != "sequential":
+        raise InteropError(f"its modules for further tokens are {ahead.form}, not sequential")
+    fields |= {"n_group": moe.groups, "topk_group": moe.top_groups, "norm_topk_prob": moe.normalize_weights}
+    return fields | {"num_nextn_predict_layers": ahead.depth}
 
 
 def _write(resolved):
@@ -121,4 +158,6 @@ def _write_rope(a):
 
 COMMON = {"prefix": "model.", "ignore": llama.IGNORE}
 DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", RULES, read_v2, write_v2, **COMMON)
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", RULES, read_v3, write_v3, **COMMON)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", (*RULES, *AHEAD), read_v3, write_v3, seen=seen_v3, copies=copies_v3, **COMMON
+)  # fmt: skip

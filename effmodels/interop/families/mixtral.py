@@ -6,25 +6,27 @@ from effmodels.interop.table import Family
 from effmodels.mixers.attention import Attention
 
 SPARSE = common.LAYER + "block_sparse_moe."
-RULES = (
-    *common.TOP, *common.NORMS, *common.attention(), common.router(SPARSE + "gate.weight"),
-    *common.experts(SPARSE + "experts.{e}.", names=("w1", "w3", "w2")),
-)  # fmt: skip
+EXPERTS = (common.router(SPARSE + "gate.weight"), *common.experts(SPARSE + "experts.{e}.", names=("w1", "w3", "w2")))
+RULES = (*common.TOP, *common.NORMS, *common.attention(), *EXPERTS)
 
 
 def read(c):
     """ModelConfig's fields."""
-    c.only("hidden_act", "silu")
-    moe = {
-        "num_experts": c.get("num_local_experts", 8), "top_k": c.get("num_experts_per_tok", 2), "hidden": c.get("intermediate_size"),
-        "activation": "swiglu", "router": "softmax", "normalize_weights": True,
-    }  # fmt: skip
     return common.read_top(
         c,
         channel=("moe",),
         mixers={"attention": common.read_attention(c, 1e6, window=common.window(c.get("sliding_window", None)))},
-        channels={"moe": moe},
+        channels={"moe": read_experts(c)},
     )
+
+
+def read_experts(c):
+    """The fields of a MoE."""
+    c.only("hidden_act", "silu")
+    return {
+        "num_experts": c.get("num_local_experts", 8), "top_k": c.get("num_experts_per_tok", 2), "hidden": c.get("intermediate_size"),
+        "activation": "swiglu", "router": "softmax", "normalize_weights": True,
+    }  # fmt: skip
 
 
 def write(resolved):

@@ -5,10 +5,12 @@ from effmodels.interop.families import common, llama, qwen
 from effmodels.interop.table import Family, Rule
 
 SHARED = common.OURS + "channel.shared."
-RULES = (
-    *common.TOP, *common.NORMS, *common.attention(), *common.mlp(on=("mlp",)), common.router(), *common.experts(),
+SHARED_EXPERT = (
     *common.mlp(common.LAYER + "mlp.shared_expert.", SHARED),
     Rule(common.LAYER + "mlp.shared_expert_gate.weight", common.OURS + "channel.shared_gate", "[1] D -> D"),
+)
+RULES = (
+    *common.TOP, *common.NORMS, *common.attention(), *common.mlp(on=("mlp",)), common.router(), *common.experts(), *SHARED_EXPERT,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from effmodels.models import mtp
 from effmodels.parallel import layouts, pipeline
 from effmodels.plan import budgets
 from effmodels.plan.formulas import abstract, closed_serving, liveness, torus, volumes
@@ -58,6 +59,8 @@ def price(run, topology, what="train", *, name=""):
         model, executed = run.cost.train_flops_per_token * c.seq_len * c.batch_size, work.executed()
         tokens, bubble, imbalance = c.seq_len * c.batch_size, work.bubble, work.imbalance
         notes += work.notes()
+        if mtp.check(c.model.mtp).depth:
+            notes.append("closed form: time and activations of the modules that predict further tokens (model.mtp) are not in it; compile")
     checkpoint = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(run.model.state)) if what == "train" else 0
     saving = budgets.saving(checkpoint, topology.hosts, asynchronous=c.checkpoint.mode != "sync")
     seconds = sum(o.total for o in operations)
@@ -84,6 +87,7 @@ class Work:
         # A kernel over a split sequence sees the keys of all shards, one row of one shard only its own.
         periods = self.periods if self.run.time == c.seq_len else self.footprint.traced(c.model.remat, c.seq_len)
         layers = sum(sum(p.flops) * r.repeats for r, p in zip(self.runs, periods)) * c.batch_size
+        layers += (3 + (c.model.remat != "none")) * self._image_flops()
         return layers + liveness.head_flops(self.run.model.resolved, c.seq_len, self.chip) * c.batch_size
 
     @property
@@ -105,7 +109,7 @@ class Work:
         """The `Operation`s of one step in the order of execution, collectives beside the work of their phase."""
         found = []
         for phase in ("forward", "recomputed", "backward", "update"):
-            work = [*self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
+            work = [*self._images(phase), *self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
             free = sum(o.total for o in work)
             found += [o for o in work if o.seconds]
             for v in volumes.volumes(self.run):
@@ -176,6 +180,19 @@ class Work:
                         layer=volumes.label(part), phase=phase,
                     )  # fmt: skip
 
+    def _image_flops(self):
+        """FLOPs of the images of a step, forward: encoder, resampler, fusion."""
+        c, media = self.run.config, self.run.model.resolved.media
+        work = None if media is None else media.work(c.model.d_model)
+        return 0.0 if work is None else (work.flops + work.flops_per_token * c.seq_len) * c.batch_size
+
+    def _images(self, phase):
+        m, again = self.run.micro_batches, self.run.config.model.remat != "none"
+        share = {"forward": 1, "recomputed": again, "backward": 2}.get(phase, 0)
+        each = share * self._image_flops() / self.run.chips / m
+        seconds = each / (self.chip.flops * MATMUL[phase == "backward"])
+        yield Operation(name="images", kind="matmul", calls=m, seconds=seconds, basis=BASIS, flops=each, layer="images", phase=phase)
+
     def _head(self, phase):
         c, m = self.run.config, self.run.micro_batches
         share = {"forward": 2, "backward": 4}.get(phase, 0)
@@ -218,6 +235,8 @@ class Work:
         unknown = sorted({volumes.label(k.mixer) for r in self.runs for k in r.kinds} - set(KERNELS))
         if unknown:
             found.append(f"no kernel of {', '.join(unknown)} was measured: {OTHER[0]:.0%} of the peak is assumed")
+        if run.model.resolved.media is not None:
+            found.append("images: activations of their encoder are not in the memory of this closed form; compiling counts them")
         if self.chip.platform != "tpu":
             found.append("memory and rates were compared with programs for TPU v4 only")
         return found

@@ -15,8 +15,9 @@ from flax import nnx
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from effmodels.layers.context import Ctx
+from effmodels.layers.context import Ctx, Memory
 from effmodels.models.blocks import Block
+from effmodels.multimodal.media import SOURCE
 from effmodels.parallel import axes, ops, options, stack
 from effmodels.plan.formulas import executed
 
@@ -112,7 +113,7 @@ def period(resolved, kinds, remat, time, chip):
         def layers(states, x):
             total = jnp.zeros((), jnp.float32)
             for i, (graph, state) in enumerate(zip(graphs, states)):
-                ctx = Ctx(segment_ids_BT=ids, positions_BT=ids, layer=jnp.int32(i))
+                ctx = Ctx(segment_ids_BT=ids, positions_BT=ids, layer=jnp.int32(i), memory=_images(resolved))
                 layer = stack.checkpointed(lambda state, x, graph=graph, ctx=ctx: nnx.merge(graph, state)(x, ctx), remat, in_scan=True)
                 x, aux = layer(state, x)
                 total += sum(aux.losses.values()) if aux is not None else 0.0
@@ -149,6 +150,16 @@ def head_flops(resolved, time, chip):
 
 def _block(kind, resolved):
     return Block(kind, resolved, rngs=nnx.Rngs(jax.random.key(0, impl="threefry2x32")))
+
+
+def _images(resolved):
+    """The images of one row that layers attend to."""
+    media = resolved.media
+    if media is None or media.fusion.at_input:
+        return {}
+    entries = media.config.images * media.tokens
+    ids = jnp.ones((1, entries), jnp.int32)
+    return {SOURCE: Memory(jnp.zeros((1, entries, media.width), resolved.config.compute_dtype), ids, ids)}
 
 
 def _products(jaxpr):

@@ -253,7 +253,8 @@ def _sequence(run):
             state = run.rows * _state_bytes(run, part, 1) / run.size(run.over("act_heads"))
             stretches = layouts.runs(run.options.layout) or 1
             form = run.options.states if run.options.states != "auto" else "ring" if n <= LARGEST_RING else "log"
-            messages = stretches * (n - 1 if form == "ring" else 1 + math.ceil(math.log2(max(1, n - 1))))
+            hops = n - 1 if form == "ring" else 1 + math.ceil(math.log2(max(1, n - 1)))
+            messages = stretches * (1 if part.cls.neighbours_only else hops)
             for phase in ("forward", *again, "backward"):
                 yield Volume(over, "collective-permute", messages * state, times, label(part), phase)
             continue
