@@ -17,7 +17,7 @@ def recursive(model, config):
     singular value decomposition), so that with full rank and equal vectors (norms) the model computes the same. Raises ConfigError when the
     models differ otherwise.
     """
-    plain = {f: v for f, v in vars(config).items() if f not in ("sharing", "remat", "scan_layers", "implementation")}
+    plain = {f: v for f, v in vars(config).items() if f not in ("sharing", "remat", "scan_layers", "scan_neighbours", "implementation")}
     differ = [f for f, v in plain.items() if getattr(model.config, f) != v]
     if differ or model.config.sharing:
         differ = ", ".join(differ) or "sharing"

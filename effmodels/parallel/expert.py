@@ -50,11 +50,14 @@ def expert_ffn(
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
-            # The input matrices side by side: one product, and one gradient of its rows instead of a sum of several. Joined on the
-            # shard, since the gradient of a matrix joined before is summed whole, not scattered.
-            joined = jnp.concatenate(list(inputs.values()), axis=-1) if parts > 1 else inputs["w0"]
-            kept = checkpoint_name(matmul(rows_RD, joined), "expert_mlp")
-            h_RF = activation(*jnp.split(kept, parts, axis=-1))
+            w_in = list(inputs.values())
+            if parts > 1 and rows_RD.shape[0] >= 2 * w_in[0].shape[0] * w_in[0].shape[2]:
+                # Side by side: the rows are read once, and their gradient is one product instead of a sum. Copied for that, the
+                # matrices must be smaller than the rows. On the shard, since the gradient of what was joined before is summed whole.
+                kept = checkpoint_name(matmul(rows_RD, jnp.concatenate(w_in, axis=-1)), "expert_mlp")
+                h_RF = activation(*jnp.split(kept, parts, axis=-1))
+            else:
+                h_RF = activation(*(checkpoint_name(matmul(rows_RD, w), "expert_mlp") for w in w_in))
             if weights_R is not None:
                 h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
             return matmul(h_RF, w_out)
