@@ -151,6 +151,7 @@ def ring_linear(layers, d_model, heads, group, inner, expert):
             },
         },
         compute_dtype="bfloat16",
+        scan_neighbours=True,
     )  # fmt: skip
     c.data.tokenizer = "bpe:157184"
     c.optim.lr, c.optim.warmup_steps = 3e-4, 2000
@@ -189,6 +190,7 @@ def model(**fields):
         "param_dtype": "float32",
         "compute_dtype": "float32",  # or "auto": bfloat16 on accelerators, float32 on a CPU
         "scan_layers": True,
+        "scan_neighbours": False,  # inside a period too: long ones compile faster
         "remat": "none",
         "implementation": placeholder(str),
     }

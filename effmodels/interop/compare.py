@@ -8,7 +8,7 @@ from effmodels.models import mtp
 from effmodels.models.resolve import resolve
 
 # How a model is trained or run, not what it computes.
-RUNNING = {"dropout", "z_loss", "param_dtype", "compute_dtype", "scan_layers", "remat", "implementation"}
+RUNNING = {"dropout", "z_loss", "param_dtype", "compute_dtype", "scan_layers", "scan_neighbours", "remat", "implementation"}
 RUNNING_PARTS = {"balance", "balance_coef", "z_coef", "capacity_factor", "bias_update_rate", "chunk"}
 LAYERS = {"pattern", "channel", "prefix", "suffix", "mixers", "channels", "residual_scales", "mtp"}
 

@@ -137,7 +137,7 @@ class Segment(nnx.Module):
 
     def __init__(self, run, resolved, key, sources):
         self.start, self.repeats, self.period = run.start, run.repeats, len(run.kinds)
-        self.remat, self.sources = resolved.config.remat, sources
+        self.remat, self.neighbours, self.sources = resolved.config.remat, resolved.config.scan_neighbours, sources
         rank, dtype = sharing.check(resolved.config.sharing).rank, resolved.config.param_dtype
 
         def block_of(kind, place):
@@ -163,8 +163,8 @@ class Segment(nnx.Module):
         shared: what the model holds for layers that share weights.
         """
         if self.repeats == 1:
-            return _period(ctx, self.sources, Period(self.blocks), x_BTD, self.start, shared, self.remat)
-        period = functools.partial(_period, ctx, self.sources, remat=self.remat, in_scan=True)
+            return _period(ctx, self.sources, Period(self.blocks), x_BTD, self.start, shared, self.remat, neighbours=self.neighbours)
+        period = functools.partial(_period, ctx, self.sources, remat=self.remat, in_scan=True, neighbours=self.neighbours)
         return stack.scan(period, Period(self.blocks), x_BTD, self._first_layers(), shared=shared)
 
     def pipelined(self, x_KsBTD, plan, ctx_of, shared):
@@ -179,7 +179,8 @@ class Segment(nnx.Module):
         def part(arrays, x_BTD, first, micro):
             blocks = nnx.merge(graphdef, tree.unflatten([v.replace(a) for v, a in zip(variables, arrays)]))
             layers = self._first_layers(first + jnp.arange(arrays[0].shape[0], dtype=jnp.int32))
-            return stack.scan(functools.partial(_period, ctx_of(micro), self.sources), blocks, x_BTD, layers, shared=shared)
+            period = functools.partial(_period, ctx_of(micro), self.sources, neighbours=self.neighbours)
+            return stack.scan(period, blocks, x_BTD, layers, shared=shared)
 
         return pipeline.run(part, placed, x_KsBTD, plan, remat=self.remat)
 
@@ -218,19 +219,48 @@ def _bound(blocks, sources, shared):
     return [sharing.bind(block, chosen, shared, blocks.blocks) for block, chosen in zip(blocks.blocks, sources)]
 
 
-def _period(ctx, sources, blocks, x_BTD, first_layer, shared, remat="none", in_scan=False):
-    """One period of layers; (y_BTD, tuple of LayerAux or None). remat is by layer: a long period recomputes one of them at a time."""
+def _period(ctx, sources, blocks, x_BTD, first_layer, shared, remat="none", in_scan=False, neighbours=False):
+    """One period of layers; (y_BTD, tuple of LayerAux or None). remat is by layer: a long period recomputes one of them at a time.
+
+    neighbours: equal layers in a row are scanned, so that a period of 7 + 1 layers compiles as one of 2. Their weights are stacked here.
+    """
     graphdef, state = nnx.split(blocks)
-    auxes = []
-    for p in range(len(blocks.blocks)):
+    auxes, p = [], 0
+    while p < len(blocks.blocks):
+        alike = _alike(blocks.blocks, sources, p) if neighbours else 1
+        if alike > 1:
+            x_BTD, aux = _row(blocks.blocks[p : p + alike], x_BTD, ctx, first_layer + p, remat)
+            auxes += [jax.tree.map(lambda a, i=i: a[i], aux) for i in range(alike)]
+        else:
 
-        def layer(state, x_BTD, p=p):
-            blocks = nnx.merge(graphdef, state).blocks
-            return sharing.bind(blocks[p], sources[p], shared, blocks)(x_BTD, ctx.at_layer(first_layer + p))
+            def layer(state, x_BTD, p=p):
+                blocks = nnx.merge(graphdef, state).blocks
+                return sharing.bind(blocks[p], sources[p], shared, blocks)(x_BTD, ctx.at_layer(first_layer + p))
 
-        x_BTD, aux = stack.checkpointed(layer, remat, in_scan)(state, x_BTD)
-        auxes.append(aux)
+            x_BTD, aux = stack.checkpointed(layer, remat, in_scan)(state, x_BTD)
+            auxes.append(aux)
+        p += alike
     return x_BTD, tuple(auxes)
+
+
+def _alike(blocks, sources, p):
+    """How many blocks from place p on are equal but for their numbers; one that shares weights is like no other."""
+    first, n = nnx.split(blocks[p])[0], 1
+    while not sources[p] and p + n < len(blocks) and not sources[p + n] and nnx.split(blocks[p + n])[0] == first:
+        n += 1
+    return n
+
+
+def _row(blocks, x_BTD, ctx, first_layer, remat):
+    """(y_BTD, LayerAux with a leading dim or None) of equal blocks one after the other."""
+    graphdef, states = nnx.split(blocks[0])[0], [nnx.split(block)[1] for block in blocks]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+
+    def body(x_BTD, slices):
+        state, i = slices
+        return nnx.merge(graphdef, state)(x_BTD, ctx.at_layer(first_layer + i))
+
+    return jax.lax.scan(stack.checkpointed(body, remat, in_scan=True), x_BTD, (stacked, jnp.arange(len(blocks), dtype=jnp.int32)))
 
 
 class Period(nnx.Module):

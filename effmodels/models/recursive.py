@@ -19,7 +19,7 @@ def recursive(model, config):
     """
     if any(getattr(sharing.check(config.sharing), part).startswith("diagonal") for part in sharing.PARTS):
         raise ConfigError("recursive: layers that share diagonal blocks only are not made from others; use cycle:n or neighbours:n.")
-    plain = {f: v for f, v in vars(config).items() if f not in ("sharing", "remat", "scan_layers", "implementation")}
+    plain = {f: v for f, v in vars(config).items() if f not in ("sharing", "remat", "scan_layers", "scan_neighbours", "implementation")}
     differ = [f for f, v in plain.items() if getattr(model.config, f) != v]
     if differ or model.config.sharing:
         differ = ", ".join(differ) or "sharing"

@@ -56,17 +56,18 @@ def expert_ffn(
             def matmul(lhs, rhs):
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
-            # The input matrices side by side: one product, and one gradient of its rows instead of a sum of several. Joined on the
-            # shard, since the gradient of a matrix joined before is summed whole, not scattered.
-            joined = jnp.concatenate(list(inputs.values()), axis=-1) if parts > 1 else inputs["w0"]
-            kept = checkpoint_name(matmul(rows_RD, joined), "expert_mlp")
+            w_in, b_in, R = list(inputs.values()), biases[:-1], rows_RD.shape[0]
+            if parts > 1 and R >= 2 * w_in[0].shape[0] * w_in[0].shape[2]:
+                # Side by side: the rows are read once, and their gradient is one product instead of a sum. Copied for that, the
+                # matrices must be smaller than the rows. On the shard, since the gradient of what was joined before is summed whole.
+                w_in, b_in = ([jnp.concatenate(a, axis=-1)] if a else [] for a in (w_in, b_in))
+            kept = [checkpoint_name(matmul(rows_RD, w), "expert_mlp") for w in w_in]
             if biases:
-                kept = kept + of_each_row(jnp.concatenate(biases[:-1], axis=-1), group_sizes_e, rows_RD.shape[0])
-            h_RF = activation(*jnp.split(kept, parts, axis=-1))
-            h_RF = (h_RF * weights_R[:, None]).astype(rows_RD.dtype)
-            y_RD = matmul(h_RF, w_out)
+                kept = [h_RF + of_each_row(b, group_sizes_e, R) for h_RF, b in zip(kept, b_in)]
+            h_RF = activation(*(kept if len(kept) == parts else jnp.split(kept[0], parts, axis=-1)))
+            y_RD = matmul((h_RF * weights_R[:, None]).astype(rows_RD.dtype), w_out)
             if biases:
-                y_RD = y_RD + (of_each_row(biases[-1], group_sizes_e, rows_RD.shape[0]) * weights_R[:, None]).astype(y_RD.dtype)
+                y_RD = y_RD + (of_each_row(biases[-1], group_sizes_e, R) * weights_R[:, None]).astype(y_RD.dtype)
             return y_RD
 
         y, overflow = _routed(x, ids, weights, ffn, num_experts, way)

@@ -153,7 +153,7 @@ class RunConfig:
 SPREAD = {"parallel": Options, "distributed": Distributed}
 TENSORBOARD = {"auto": "auto", "on": True, "off": False}
 # How layers are run, not what they compute: free to change on resume.
-_FREE_MODEL_FIELDS = ("scan_layers", "remat", "implementation", "compute_dtype")
+_FREE_MODEL_FIELDS = ("scan_layers", "scan_neighbours", "remat", "implementation", "compute_dtype")
 
 
 def jsonable(value):

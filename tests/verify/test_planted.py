@@ -218,9 +218,9 @@ def recomputed_otherwise(monkeypatch):
         if remat == "none":
             return f
 
-        def rounded(x, slices):
-            y, aux = f(x.astype(jnp.bfloat16).astype(x.dtype), slices)
-            return y + jax.lax.stop_gradient(f(x, slices)[0] - y), aux
+        def rounded(weights, x):
+            y, aux = f(weights, x.astype(jnp.bfloat16).astype(x.dtype))
+            return y + jax.lax.stop_gradient(f(weights, x)[0] - y), aux
 
         return original(rounded, remat, in_scan)
 

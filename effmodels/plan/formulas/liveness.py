@@ -106,7 +106,8 @@ def period(resolved, kinds, remat, time, chip):
     graphs, states = zip(*(nnx.split(b) for b in blocks))
     x = jax.ShapeDtypeStruct((1, time, c.d_model), jnp.dtype(c.compute_dtype))
     index = jax.ShapeDtypeStruct((1, time), jnp.int32)
-    weights = frozenset(a.shape for a in jax.tree.leaves(states) if len(a.shape) > 1)
+    weights = {a.shape for a in jax.tree.leaves(states) if len(a.shape) > 1}
+    weights = frozenset(weights | {(*s[:-1], 2 * s[-1]) for s in weights})  # gates and inputs of experts lie side by side in a product
     found = {}
 
     def forward(states, x, ids):
