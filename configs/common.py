@@ -229,6 +229,7 @@ def optim():
             "eps": 1e-8,
             "weight_decay": 0.1,
             "clip": 1.0,  # global gradient norm; 0: off
+            "frozen": (),  # shell patterns of parameters that stay as they are: "media.encoder.*"
             "options": ConfigDict({}),  # passed to the optimiser as they are
         }
     )

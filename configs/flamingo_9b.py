@@ -3,7 +3,9 @@
     python -m experiments.train --config=configs/flamingo_9b.py:small
 
 From the paper: layers 4096 wide with 32 heads, gates that start closed, a resampler of 64 latents (6 layers, 1536 wide, 16 heads of 128,
-squared ReLU), five images in a row of 256 tokens. Not as there: a ViT-L/14 for the NFNet-F6, rotary positions, and nothing is frozen.
+squared ReLU), five images in a row of 256 tokens. Not as there: a ViT-L/14 for the NFNet-F6, rotary positions, and all of it is
+trained, since it begins from nothing. Once weights are loaded, optim.frozen=("embed", "media.encoder.*", "segments.0.blocks.[1-4].*") keeps
+what the paper keeps.
 """
 from configs import common
 

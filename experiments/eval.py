@@ -30,7 +30,7 @@ def main(argv):
 def _evaluate():
     from effmodels import data
     from effmodels.config import ConfigError
-    from effmodels.train import by_position
+    from effmodels.train import by_position, sources
 
     folder = pathlib.Path(common.WORKDIR.value).expanduser()
     model, _, step = common.load_model(folder, step=_STEP.value)
@@ -38,7 +38,7 @@ def _evaluate():
     if given is None:
         raise ConfigError(f"{folder} holds no run.json to say which text; give --config=configs/X.py, whose `data` is used.")
     seq_len, options = _SEQ_LEN.value or given["seq_len"], dict(given["data"]) | {"tokenizer": str(folder / "tokenizer.json")}
-    prepared = data.prepare(options, seq_len, log=lambda text: print(text, file=sys.stderr))
+    prepared = data.prepare(options, seq_len, images=sources.image_spec(model.config), log=lambda text: print(text, file=sys.stderr))
     rows = data.batches(prepared, batch_size=_BATCH_SIZE.value, seed=0, split="validation", repeat=False)
     bins = by_position.loss_by_position(model, (batch for _, batch in zip(range(_BATCHES.value), rows)))
     tokens = sum(b.tokens for b in bins)

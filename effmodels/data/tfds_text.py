@@ -13,8 +13,8 @@ from absl import logging
 from effmodels.data.options import DataError
 
 
-class LocalText(tfds.core.GeneratorBasedBuilder):
-    """`split_documents(split)` yields (name, offset, text); TFDS shuffles them by a hash of the name and writes ArrayRecord shards."""
+class Local:
+    """What builders of documents that lie here share: `split_documents(split)` yields the arguments of `example`, a (key, features)."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -24,25 +24,34 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
         super().__init__(file_format="array_record", **kwargs)  # the default, tfrecord, needs TensorFlow
 
     def _info(self):
-        features = {"name": tfds.features.Text(), "offset": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(self.features()))
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(split) for split in self.splits}
 
     def _generate_examples(self, split):
         try:
-            for name, offset, text in self.split_documents(split):
-                yield f"{name}#{offset}", {"name": name, "offset": offset, "text": text}
+            for document in self.split_documents(split):
+                yield self.example(*document)
         except Exception as e:  # TFDS rewrites messages on their way up
             self.failure = e
             raise
 
 
-def write(folder, splits, split_documents):
-    """Writes the splits below `folder`; returns the folder of the shards, relative to it."""
+class LocalText(Local, tfds.core.GeneratorBasedBuilder):
+    """Documents are (name, offset, text); TFDS shuffles them by a hash of the key and writes ArrayRecord shards."""
+
+    def features(self):
+        return {"name": tfds.features.Text(), "offset": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
+
+    def example(self, name, offset, text):
+        return f"{name}#{offset}", {"name": name, "offset": offset, "text": text}
+
+
+def write(folder, splits, split_documents, kind=LocalText):
+    """Writes the splits below `folder` with a builder of this kind; returns the folder of the shards, relative to it."""
     with quiet():
-        builder = LocalText(splits=splits, split_documents=split_documents, data_dir=os.fspath(folder))
+        builder = kind(splits=splits, split_documents=split_documents, data_dir=os.fspath(folder))
     try:
         with quiet():
             builder.download_and_prepare()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effmodels.layers.context import Memory
+from effmodels.layers.param import param, zeros
 from effmodels.parallel import ops
 
 
@@ -130,7 +131,18 @@ def take(table_BS, index_BT):
 
 
 class OnePerToken(Fusion):
-    """Base of fusions that join each token with one vector: the mean of the entries of its latest image, projected to the model's width."""
+    """Base of fusions that join each token with one vector: the mean of the entries of its latest image, projected to the model's width.
+
+    Its parameters: that projection, and W of [t; v] in two parts, with a bias.
+    """
+
+    def __init__(self, width, env, *, rngs):
+        D = env.d_model
+        self.project = param(jax.random.normal, rngs.params(), (width, D), (None, "embed"), in_dims=(None,), dtype=env.param_dtype)
+        self.w_text, self.w_image = (
+            param(jax.random.normal, rngs.params(), (D, D), ("embed", None), in_dims=("embed",), dtype=env.param_dtype) for _ in range(2)
+        )
+        self.bias = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
 
     def prepare(self, memory, tokens):
         x_BIME, ids_BI, index_BI = per_image(memory, tokens)

@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.layers.linear import dot
-from effmodels.layers.param import param, zeros
 from effmodels.multimodal.base import OnePerToken, Work
 
 
@@ -12,14 +11,6 @@ class Gate(OnePerToken):
 
     t: the token's embedding, v: its latest image; y = t before the first image.
     """
-
-    def __init__(self, width, env, *, rngs):
-        D = env.d_model
-        self.project = param(jax.random.normal, rngs.params(), (width, D), (None, "embed"), in_dims=(None,), dtype=env.param_dtype)
-        self.w_text, self.w_image = (
-            param(jax.random.normal, rngs.params(), (D, D), ("embed", None), in_dims=("embed",), dtype=env.param_dtype) for _ in range(2)
-        )
-        self.bias = param(zeros, rngs.params(), (D,), ("norm",), in_dims=(), dtype=env.param_dtype)
 
     def image_side(self, pooled_BIE):
         v_BID = dot("BIE,ED->BID", pooled_BIE, self.project)

@@ -14,6 +14,7 @@ from effmodels.layers.positions import rope_scaling
 from effmodels.models import Decoder
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
+from effmodels.train import sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,10 @@ def loss_by_position(model, batches):
 
         return jax.grad(ce_sum)(batch["weights"])  # the sum of w ce is linear in w: what is left are the losses
 
+    names = ("tokens", "targets", "weights", "segment_ids", "positions", *sources.arrays(model.config))
     sums, counts = np.zeros(64), np.zeros(64)
     for batch in batches:
-        batch = {name: np.asarray(batch[name]) for name in ("tokens", "targets", "weights", "segment_ids", "positions")}
+        batch = {name: np.asarray(batch[name]) for name in names}
         ce_BT = np.asarray(losses(params, buffers, batch | {"weights": batch["weights"].astype(np.float32)}), np.float64)
         bin_BT = np.ceil(np.log2(batch["positions"] + 1)).astype(int)
         sums += np.bincount(bin_BT.ravel(), (batch["weights"] * ce_BT).ravel(), 64)

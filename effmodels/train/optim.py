@@ -7,6 +7,7 @@ One update of a scanned (stacked) model equals one of the unrolled model, for ev
                 dims, for Adafactor on a rows x columns view made from the dim names.
 The update of every optimiser is  -lr(step) * multiplier * direction - lr(step) * weight_decay * p,  decay only where the mask says so.
 """
+import fnmatch
 import functools
 import inspect
 import math
@@ -47,14 +48,17 @@ _REFUSED = {
 _MUP_WIDTH = set("adabelief adam adamax adamaxw adamw adan amsgrad lion nadam nadamw radam sign_sgd signum yogi ademamix adopt acprop "
                  "rmsprop".split())
 _FIELDS = set("name lr schedule warmup_steps final_lr_ratio decay_steps decay_ratio decay_shape decay_half_life b1 b2 eps weight_decay "
-              "decay_embeddings clip options".split())
+              "decay_embeddings clip options frozen".split())
 _MUON_OPTIONS = set("ns_coeffs ns_steps beta eps mu_dtype nesterov preconditioning consistent_rms adam_lr_ratio".split())
+
+
+FROZEN = "frozen"
 
 
 class Groups(NamedTuple):
     """path -> what happens to it."""
 
-    optimizer: dict  # name of the optimiser
+    optimizer: dict  # name of the optimiser, FROZEN for none
     decay: dict  # bool
     lr_multiplier: dict  # float; muP and Muon's AdamW part
 
@@ -65,7 +69,8 @@ def make_optimizer(optim_config, infos, shapes, steps, *, mup_width_multiplier=N
     optim_config: name; lr, schedule and its fields (see make_schedule); b1, b2, eps for optimisers that take them (None = optax's default;
     never for Adafactor, whose eps means something else); weight_decay, decay_embeddings (True); clip (global norm; 0 or None = off);
     options, the optimiser's own keyword arguments with dtypes as strings (muon: those of optax.contrib.scale_by_muon, `consistent_rms`,
-    `adam_lr_ratio`).
+    `adam_lr_ratio`); frozen: shell patterns of paths ("media.encoder.*") of parameters that stay as they are, without optimiser state and
+    outside the gradient norm.
     Decay: matrices (and embeddings if so configured); never norms, biases or other vectors.
     Statistics are float32 also for bfloat16 parameters or gradients, unless an option such as `mu_dtype` says otherwise.
     mup_width_multiplier: width / base width; see `groups`.
@@ -82,7 +87,8 @@ def make_optimizer(optim_config, infos, shapes, steps, *, mup_width_multiplier=N
             raise ValueError(f"make_optimizer: {path} has shape {tuple(shapes[path])} but dim names {info.dim_names}.")
     above = math.inf if sequential_above is None else sequential_above
     parts = {}
-    for name in dict.fromkeys(g.optimizer.values()):
+    trained = [p for p in infos if g.optimizer[p] != FROZEN]
+    for name in dict.fromkeys(g.optimizer[p] for p in trained):
         mine = {p: i for p, i in infos.items() if g.optimizer[p] == name}
         parts[name] = mine, _direction(name, c, schedule, mine, above, mup_width_multiplier)
     decay = _decoupled_decay(float(c["weight_decay"]), schedule, g.decay)
@@ -94,7 +100,7 @@ def make_optimizer(optim_config, infos, shapes, steps, *, mup_width_multiplier=N
     def update(grads, state, params=None, *, grad_scale=None, **_):
         if params is None:
             raise ValueError("optimizer.update needs the parameters: update(grads, state, params).")
-        norm, scale = global_norm(grads, above), grad_scale
+        norm, scale = global_norm({p: grads[p] for p in trained}, above), grad_scale
         if grad_scale is not None:
             norm = norm * grad_scale
         if c["clip"]:
@@ -104,7 +110,8 @@ def make_optimizer(optim_config, infos, shapes, steps, *, mup_width_multiplier=N
         for name, (mine, part) in parts.items():
             u, states[name] = part.update({p: grads[p] for p in mine}, state["groups"][name], {p: params[p] for p in mine}, scale)
             updates |= {p: x if g.lr_multiplier[p] == 1 else x * g.lr_multiplier[p] for p, x in u.items()}
-        updates, decayed = decay.update({p: updates[p] for p in grads}, state["decay"], params)
+        updates = {p: updates[p] if p in updates else jnp.zeros_like(params[p]) for p in grads}
+        updates, decayed = decay.update(updates, state["decay"], params)
         return updates, {"grad_norm": norm, "groups": states, "decay": decayed}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -130,7 +137,11 @@ def groups(optim_config, infos, *, mup_width_multiplier=None):
     c = _checked(optim_config)
     name, width = c["name"], float(mup_width_multiplier or 1)
     optimizer, decay, multiplier = {}, {}, {}
+    frozen = _frozen(c["frozen"], infos)
     for path, info in infos.items():
+        if path in frozen:
+            optimizer[path], decay[path], multiplier[path] = FROZEN, False, 1.0
+            continue
         hidden = info.is_matrix and "vocab" not in info.dim_names
         optimizer[path] = ("muon" if hidden else "adamw") if name == "muon" else name
         decay[path] = bool(c["weight_decay"]) and (hidden or "vocab" in info.dim_names and (is_head(info) or c["decay_embeddings"]))
@@ -160,7 +171,8 @@ def describe(optim_config, infos, shapes, *, mup_width_multiplier=None):
     for row in table:
         leaves = sorted({p.rsplit(".", 1)[-1] if "." in p else p for p in row["paths"]})
         rate = "" if row["lr_multiplier"] == 1 else f", lr x {row['lr_multiplier']:.4g}"
-        lines.append(f"{row['optimizer']}{rate}, {'decay' if row['weight_decay'] else 'no decay'}: {row['parameters']:,} parameters in "
+        decays = "" if row["optimizer"] == FROZEN else ", decay" if row["weight_decay"] else ", no decay"
+        lines.append(f"{row['optimizer']}{rate}{decays}: {row['parameters']:,} parameters in "
                      f"{len(row['paths'])} arrays ({', '.join(leaves)})")
     return "\n".join(lines), {"groups": table}
 
@@ -378,12 +390,25 @@ def _checked(config):
         if key not in _FIELDS:
             raise ConfigError(f"optim: unknown field {key!r}.{nearest(key, _FIELDS)}")
     defaults = {"name": "adamw", "b1": None, "b2": None, "eps": None, "weight_decay": 0.0, "decay_embeddings": True, "clip": None}
-    c = defaults | c | {"options": dict(c.get("options") or {})}
+    c = defaults | c | {"options": dict(c.get("options") or {}), "frozen": c.get("frozen") or ()}
     if c["name"] in _REFUSED:
         raise ConfigError(f"optim.name: {c['name']!r} cannot be used here: {_REFUSED[c['name']]}. Available: {', '.join(OPTIMIZERS)}.")
     if c["name"] not in OPTIMIZERS:
         raise ConfigError(f"optim.name: unknown {c['name']!r}.{nearest(c['name'], OPTIMIZERS)}")
     return c
+
+
+def _frozen(patterns, infos):
+    """The paths that match; ConfigError for a pattern that matches none, or where all of them match."""
+    found = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matching = fnmatch.filter(infos, pattern)
+        if not matching:
+            raise ConfigError(f"optim.frozen: {pattern!r} matches no parameter.{nearest(pattern, infos)}")
+        found.update(matching)
+    if len(found) == len(infos):
+        raise ConfigError("optim.frozen: nothing is left to train; give fewer patterns.")
+    return found
 
 
 def _check_mup(c):

@@ -263,7 +263,28 @@ def test_grad_scale_is_a_scaled_gradient():
     assert_close("norm", got_state["grad_norm"], want_state["grad_norm"], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_stay_and_have_no_state(name):
+    params, grads = (stacked_and_unrolled(drawer(i))[0] for i in (0, 1))
+    config = {"name": name, "lr": 0.1, "weight_decay": 0.1, "clip": 1.0, "frozen": ("s.mixer.*", "embed")}
+    still = {p for p in params if p.startswith("s.mixer.") or p == "embed"}
+    tx = optim.make_optimizer(config, INFOS[0], shapes(params), 10)
+    state = tx.init(params)
+    assert not any(p in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state) for p in still)
+    updates, state = tx.update(grads, state, params)
+    # What is left is updated as if there were nothing else.
+    rest = {p: params[p] for p in params if p not in still}
+    alone = optim.make_optimizer({**config, "frozen": ()}, {p: INFOS[0][p] for p in rest}, shapes(rest), 10)
+    want, want_state = alone.update({p: grads[p] for p in rest}, alone.init(rest), rest)
+    for p in params:
+        assert_close(p, updates[p], want.get(p, jnp.zeros_like(params[p])), rel=1e-6)
+    assert_close("norm", state["grad_norm"], want_state["grad_norm"], rel=1e-6)
+    assert "frozen: " in optim.describe(config, INFOS[0], shapes(params))[0]
+
+
 @pytest.mark.parametrize("config, kwargs, message", [
+    ({"frozen": ("s.mixers.*",)}, {}, "'s.mixers.*' matches no parameter. Did you mean"),
+    ({"frozen": "*"}, {}, "nothing is left to train"),
     ({"name": "adamww"}, {}, "Did you mean 'adamw'"),
     ({"name": "lbfgs"}, {}, "line search evaluates the loss again"),
     ({"learning_rate": 1}, {}, "unknown field 'learning_rate'"),

@@ -56,7 +56,8 @@ def prepare(source, cache, log):
 
 
 def _build(reader, source, target, key, log):
-    from effmodels.data.images import tfds_images
+    from effmodels.data import tfds_text
+    from effmodels.data.images.tfds_images import LocalImages
 
     log(f"data: reading images of {source['name']!r}")
     seen, captions = {split: {"documents": 0, "bytes": 0} for split in SPLITS}, []
@@ -71,7 +72,7 @@ def _build(reader, source, target, key, log):
             yield name, image[..., None] if image.ndim == 2 else image, text
 
     with storage.new_folder(target, needed=1_000_000, what="the images") as folder:
-        shards = tfds_images.write(folder, [s for s in SPLITS if next(iter(reader.documents(source, s)), None)], documents)
+        shards = tfds_text.write(folder, [s for s in SPLITS if next(iter(reader.documents(source, s)), None)], documents, LocalImages)
         for split in SPLITS:
             if not seen[split]["documents"]:
                 raise DataError(f"config.data.name={source['name']!r}: no image falls into the {split} split; change config.data.holdout.")
