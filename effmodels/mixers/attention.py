@@ -85,7 +85,7 @@ class Attention(TokenMixer):
 
     def __init__(self, config, env, *, rngs):
         self.config, self.env = config, env
-        D, N, K, H = env.d_model, config.num_heads, *_kv_heads_and_dim(config, env)
+        D, N, K, H = env.d_model, config.num_heads, *kv_heads_and_dim(config, env)
         make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
         self.wq = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
         self.wk = make(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), in_dims=("embed",))
@@ -112,7 +112,7 @@ class Attention(TokenMixer):
         return self._output(y, x_BTD)
 
     def init_state(self, batch, max_len, dtype):
-        K, H = _kv_heads_and_dim(self.config, self.env)
+        K, H = kv_heads_and_dim(self.config, self.env)
         slots = _slots(self.config, max_len)
         # Two arrays, not one twice: a decoding state is donated, and a buffer can be donated once.
         k_BSKH, v_BSKH = (jnp.zeros((batch, slots, K, H), dtype) for _ in range(2))
@@ -175,7 +175,7 @@ class Attention(TokenMixer):
 
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
-        D, N, K, H = env.d_model, config.num_heads, *_kv_heads_and_dim(config, env)
+        D, N, K, H = env.d_model, config.num_heads, *kv_heads_and_dim(config, env)
         gated = N * config.output_gate
         matrices = D * H * (2 * N + 2 * K + gated)
         norms = (N + K if config.qk_norm_whole else 2) * H * config.qk_norm
@@ -191,7 +191,8 @@ class Attention(TokenMixer):
         )
 
 
-def _kv_heads_and_dim(config, env):
+def kv_heads_and_dim(config, env):
+    """(K, H) of an attention's Config; not from its arrays, which are stacked in a scanned model."""
     return config.num_kv_heads or config.num_heads, config.head_dim or env.d_model // config.num_heads
 
 
@@ -203,7 +204,7 @@ def _scale(config, env):
     if config.scale is not None or env.mup_base_width is None:
         return config.scale
     # muP (arXiv:2203.03466): logits scale with 1/H; equal to H^-1/2 where the head has its size at the base width.
-    H = _kv_heads_and_dim(config, env)[1]
+    H = kv_heads_and_dim(config, env)[1]
     base = H if config.head_dim else env.mup_base_width / config.num_heads
     return base**0.5 / H
 

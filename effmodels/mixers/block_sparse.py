@@ -16,7 +16,7 @@ from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.param import param
 from effmodels.layers.positions import rope, rotate
-from effmodels.mixers.attention import Attention
+from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import all_valid
 from effmodels.mixers.local_global import in_document
 from effmodels.parallel import axes, layouts
@@ -77,7 +77,7 @@ class BlockSparse(Attention):
 
     def __init__(self, config, env, *, rngs):
         super().__init__(config, env, rngs=rngs)
-        H = self.wq.shape[2]
+        H = kv_heads_and_dim(config, env)[1]
         make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
         for name in ("w_compress_k", "w_compress_v"):
             setattr(self, name, make(rngs.params(), (config.block * H, H), ("head_dim", None), in_dims=("head_dim",)))
@@ -108,7 +108,7 @@ class BlockSparse(Attention):
         return self._gated(x_BTD, far, near, window)
 
     def init_state(self, batch, max_len, dtype):
-        (K, H), M = self.wk.shape[1:], max_len // self.config.block
+        (K, H), M = kv_heads_and_dim(self.config, self.env), max_len // self.config.block
         k, v = (jnp.zeros((batch, max_len, K, H), dtype) for _ in range(2))
         block_k, block_v = (jnp.zeros((batch, M, K, H), dtype) for _ in range(2))
         return BlockCache(k, v, jnp.full((batch, max_len), -1, jnp.int32), block_k, block_v)
@@ -166,7 +166,7 @@ class BlockSparse(Attention):
         return [rotate(k_BMKH, last_BM, frequencies), v_BMKH]
 
     def _choice(self):
-        H = self.wq.shape[2]
+        H = kv_heads_and_dim(self.config, self.env)[1]
         return {"top_blocks": self.config.top_blocks, "scale": H**-0.5 if self.config.scale is None else self.config.scale}
 
     def _gated(self, x_BTD, far, near, window):

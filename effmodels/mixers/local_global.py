@@ -16,7 +16,7 @@ import numpy as np
 from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.param import param
-from effmodels.mixers.attention import Attention
+from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import Cost, all_valid
 from effmodels.parallel import layouts, ring
 from effmodels.parallel.axes import shards
@@ -122,7 +122,7 @@ class LocalGlobal(Attention):
 
     def init_state(self, batch, max_len, dtype):
         c = self.config
-        K, H = _kv_heads_and_dim(c, self.env)
+        K, H = kv_heads_and_dim(c, self.env)
         S, G = min(max_len, reach(c) + 1), _global_slots(c, max_len)
         scores = S if c.globals == "top" else 0
         keys = [jnp.zeros((batch, n, K, H), dtype) for n in (S, S, G, G)]
@@ -228,7 +228,7 @@ class LocalGlobal(Attention):
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         c, base = config, Attention.cost(config, env, seq_len, dtype_bytes)
-        N, K, H = c.num_heads, *_kv_heads_and_dim(c, env)
+        N, K, H = c.num_heads, *kv_heads_and_dim(c, env)
         projections = base.decode_flops - 4 * N * H * (min(seq_len, c.window) + 1)
         extra = env.d_model * (N * c.gate + (c.globals == "top"))
         local, far = pairs(c, seq_len)
@@ -241,10 +241,6 @@ class LocalGlobal(Attention):
             decode_flops=projections + 2 * extra + 4 * N * H * (min(seq_len, reach(c)) + 1 + G),
             state_bytes=(S + G) * (2 * K * H * dtype_bytes + 4) + S * max(4, dtype_bytes) * (c.globals == "top"),
         )
-
-
-def _kv_heads_and_dim(config, env):
-    return config.num_kv_heads or config.num_heads, config.head_dim or env.d_model // config.num_heads
 
 
 def reach(config):

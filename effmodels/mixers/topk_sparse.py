@@ -15,7 +15,7 @@ from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
 from effmodels.layers.param import param
 from effmodels.layers.positions import rope, rotate
-from effmodels.mixers.attention import Attention
+from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import Cost, all_valid, visible_pairs
 from effmodels.parallel import topk
 
@@ -83,7 +83,7 @@ class TopkSparse(Attention):
         return with_loss(self._output(out, x_BTD), self.config.kl_coef * jnp.sum(divergence_BT))
 
     def init_state(self, batch, max_len, dtype):
-        K, H = _kv_heads_and_dim(self.config, self.env)
+        K, H = kv_heads_and_dim(self.config, self.env)
         k_BSKH, v_BSKH = (jnp.zeros((batch, max_len, K, H), dtype) for _ in range(2))
         index_k_BSC = jnp.zeros((batch, max_len, self.config.index_dim), jnp.promote_types(dtype, jnp.float32))
         return SparseCache(k_BSKH, v_BSKH, index_k_BSC, jnp.full((batch, max_len), -1, jnp.int32))
@@ -134,13 +134,13 @@ class TopkSparse(Attention):
         return q, k, w * (c.index_heads * c.index_dim) ** -0.5
 
     def _options(self):
-        H = _kv_heads_and_dim(self.config, self.env)[1]
+        H = kv_heads_and_dim(self.config, self.env)[1]
         return {"top_k": self.config.top_k, "scale": H**-0.5 if self.config.scale is None else self.config.scale}
 
     @classmethod
     def cost(cls, config, env, seq_len, dtype_bytes=2):
         c, base = config, Attention.cost(config, env, seq_len, dtype_bytes)
-        N, H = c.num_heads, _kv_heads_and_dim(c, env)[1]
+        N, H = c.num_heads, kv_heads_and_dim(c, env)[1]
         per_pair, per_index_pair = 4 * N * H, 2 * c.index_heads * (c.index_dim + 1)
         extra = env.d_model * (c.index_heads * (c.index_dim + 1) + c.index_dim)
         matrices = base.decode_flops - per_pair * (seq_len + 1) + 2 * extra
@@ -176,7 +176,3 @@ with_loss.defvjp(_with_loss_fwd, _with_loss_bwd)
 def _among_top(a_BTS, count):
     ids = jax.lax.top_k(a_BTS, count)[1]
     return jnp.any(ids[..., None] == np.arange(a_BTS.shape[-1]), axis=-2)
-
-
-def _kv_heads_and_dim(config, env):
-    return config.num_kv_heads or config.num_heads, config.head_dim or env.d_model // config.num_heads

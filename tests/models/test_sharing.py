@@ -111,7 +111,7 @@ def test_neighbours_scanned_equal_unrolled_and_keep_their_names(rank, x64):
     assert model_state.num_params(scanned) < cost(dataclasses.replace(config, sharing={}), 16).params
 
 
-@pytest.mark.parametrize("layers", [6, 5])
+@pytest.mark.parametrize("layers", [pytest.param(6, marks=pytest.mark.slow), 5])
 def test_neighbours_share_diagonal_blocks_and_nothing_else(layers, x64):
     """Against layers without sharing whose matrices are put together block by block; an odd number leaves the last layer alone."""
     fields = {**NEIGHBOURS, "num_layers": layers, "channels": {"mlp": {"hidden": 12, "bias": True}}}

@@ -18,7 +18,7 @@ MADE = [name for name in PLANS if (FOLDER / f"{name}.json").exists()]
 def test_an_entry_names_what_exists(name):
     entry = PLANS[name]
     assert (ROOT / entry["config"]).exists() and topology.parse(entry["topology"]).chips > 1
-    assert all(flag.startswith(("--mesh=", "--config.")) for flag in entry["flags"]) and 0 < entry.get("reach", 0.5) < 1
+    assert all(flag.startswith(("--mesh=", "--config.", "--what=")) for flag in entry["flags"]) and 0 < entry.get("reach", 0.5) < 1
     assert f"{name}" in (FOLDER / "README.md").read_text()
 
 
