@@ -190,7 +190,7 @@ def model(**fields):
         "param_dtype": "float32",
         "compute_dtype": "float32",  # or "auto": bfloat16 on accelerators, float32 on a CPU
         "scan_layers": True,
-        "scan_neighbours": False,  # inside a period too: long ones compile faster
+        "scan_neighbours": False,  # inside a period too: a long one is a smaller program
         "remat": "none",
         "implementation": placeholder(str),
     }

@@ -118,7 +118,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     scan_layers: bool = True  # equal runs of layers are stacked and scanned; False unrolls them (same numbers, longer compile)
-    scan_neighbours: bool = False  # inside a period too: long periods compile several times faster, for a copy of their weights per step
+    scan_neighbours: bool = False  # inside a period too: a long period is a smaller program, for a copy of its weights per step
     remat: str = "none"
     implementation: str | None = None  # kernels: None = the best supported here, or the name of one
 
