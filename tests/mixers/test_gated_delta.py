@@ -14,10 +14,9 @@ from effmodels.layers.discretise import log_rates, step_biases
 from effmodels.mixers.base import Env
 from effmodels.mixers.gated_delta import GatedDelta
 from effmodels.models import state as model_state
-from effmodels.parallel import axes, layouts, mesh
-from effmodels.parallel.options import Options
 from tests.contract.cases import draw, fill, jit
 from tests.mixers.oracles import rms
+from tests.mixers.split import assert_split_is_whole
 from tests.numerics import assert_close, assert_trees_close
 
 T, D = 19, 12
@@ -81,24 +80,7 @@ def test_values_and_gradients_are_those_of_the_loop(x64):
 def test_a_split_sequence_is_one_device(layout, x64):
     """The state passes through a matrix per stretch, not a decay: values and gradients of packed rows, time over four devices."""
     graphdef, params = make()
-    rows, probe = draw(2, 24, D, seed=4), draw(2, 24, D, seed=5)
-    segments = np.array([[1] * 9 + [2] * 2 + [3] * 10 + [0] * 3, [1] * 6 + [2] * 12 + [3] * 6], np.int32)  # the second: between shards
-
-    def run(params, x, probe, segments):
-        def loss(params, x):
-            y = model_state.merge(graphdef, params, {})(x, Ctx(segment_ids_BT=segments))
-            return jnp.sum(y * probe * (segments > 0)[..., None]), y
-
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-
-    (want_p, want_x), want = jit(lambda p, x: run(p, x, probe, segments))(params, rows)
-    with axes.use(mesh.make_mesh({"seq": 4, "tensor": 2}), parallel=Options(layout=layout)):
-        x, w, s = (layouts.to_layout(a, layout, 4) for a in (rows, probe, segments))
-        (got_p, got_x), got = jit(lambda p, x: run(p, x, w, s))(params, x)
-    valid = segments > 0
-    assert_close("values", layouts.from_layout(np.asarray(got), layout, 4)[valid], np.asarray(want)[valid], rel=1e-12)
-    assert_close("gradient of x", layouts.from_layout(np.asarray(got_x), layout, 4), want_x, rel=1e-11)
-    assert_trees_close(got_p, want_p, rel=1e-11)
+    assert_split_is_whole(graphdef, params, D, layout, rel=1e-12)
 
 
 def test_dims_of_the_published_model():
