@@ -18,7 +18,7 @@ from effmodels.layers.norms import RMSNorm, rms_normalise
 from effmodels.layers.param import ones, param
 from effmodels.layers.positions import rope, rope_scaling, rotate
 from effmodels.mixers.base import Cost, TokenMixer, visible_pairs
-from effmodels.mixers.retention import COST_CHUNK, RetentionState
+from effmodels.mixers.retention import COST_CHUNK, RetentionState, projections
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
 
@@ -90,14 +90,9 @@ class Lightning(TokenMixer):
 
     def __init__(self, config, env, *, rngs):
         self.config, self.env = config, env
-        D, N, (H, P) = env.d_model, config.num_heads, _dims(config, env)
-        make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
-        self.wq = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
-        self.wk = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
-        self.wv = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
-        if config.gate:
-            self.wg = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
-        self.wo = make(rngs.params(), (N, P, D), ("heads", "value_dim", "embed"), in_dims=("heads", "value_dim"))
+        N, (H, P) = config.num_heads, _dims(config, env)
+        for name, w in projections(config, env, H, P, rngs=rngs).items():
+            setattr(self, name, w)
         if config.qk_norm:
             norm = functools.partial(RMSNorm, rngs=rngs, eps=env.norm_eps, offset=env.norm_offset, param_dtype=env.param_dtype)
             self.q_norm, self.k_norm = norm(H), norm(H)

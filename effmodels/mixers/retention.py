@@ -73,14 +73,9 @@ class Retention(TokenMixer):
 
     def __init__(self, config, env, *, rngs):
         self.config, self.env = config, env
-        D, N, (H, P) = env.d_model, config.num_heads, _dims(config, env)
-        make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
-        self.wq = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
-        self.wk = make(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), in_dims=("embed",))
-        self.wv = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
-        if config.gate:
-            self.wg = make(rngs.params(), (D, N, P), ("embed", "heads", "value_dim"), in_dims=("embed",))
-        self.wo = make(rngs.params(), (N, P, D), ("heads", "value_dim", "embed"), in_dims=("heads", "value_dim"))
+        H, P = _dims(config, env)
+        for name, w in projections(config, env, H, P, rngs=rngs).items():
+            setattr(self, name, w)
         if config.head_norm_scale:
             self.head_norm_scale = param(ones, rngs.params(), (P,), ("value_dim",), in_dims=(), dtype=env.param_dtype)
 
@@ -209,6 +204,18 @@ def _position_in_document(ctx, shape):
     t_BT, ids_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape), ctx.segment_ids_BT
     begins_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return t_BT - jax.lax.cummax(jnp.where(begins_BT, t_BT, 0), axis=1)
+
+
+def projections(config, env, H, P, *, rngs):
+    """{name: Param} of a mixer with a state [H, P] per head: wq, wk, wv, wg if config.gate, wo."""
+    D, N = env.d_model, config.num_heads
+    make = functools.partial(param, jax.random.normal, dtype=env.param_dtype)
+    sizes = {"wq": H, "wk": H, "wv": P} | ({"wg": P} if config.gate else {})
+    found = {
+        name: make(rngs.params(), (D, N, size), ("embed", "heads", "head_dim" if name in ("wq", "wk") else "value_dim"), in_dims=("embed",))
+        for name, size in sizes.items()
+    }
+    return found | {"wo": make(rngs.params(), (N, P, D), ("heads", "value_dim", "embed"), in_dims=("heads", "value_dim"))}
 
 
 def _dims(config, env):
