@@ -133,7 +133,7 @@ def test_sharded_equals_one_device(sizes, layout, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"stage": 2, "tensor": 2}, {"fsdp": 2, "seq": 2}, {"data": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"stage": 2, "tensor": 2}, {"fsdp": 2, "seq": 2}, {"data": 4, "expert": 2}], ids=str)
 def test_on_a_mesh_as_trained(sizes):
     config = tiny(sizes, num_layers=4, dropout=0.1, mtp={"depth": 2, "weight": 0.3})
     report = verify(config, log=print)
