@@ -8,6 +8,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from effmodels import simulated
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, perhaps with an argument: configs/moe_1b.py:small")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a run (train: default runs/<config>[-arg])")
 _ROPE_SCALING = flags.DEFINE_string("rope_scaling", None, "of a loaded model, for longer rows: kind=yarn,factor=4,original_length=512")
@@ -59,6 +61,8 @@ def set_up_jax():
     import jax
     from absl import logging
 
+    for name, value in simulated.threads(simulated.asked_for()).items():
+        os.environ.setdefault(name, value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells its every step at INFO; --verbosity=0 shows it
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")

@@ -11,6 +11,7 @@ import sys
 
 from absl import flags
 
+from effmodels import simulated
 from experiments import common
 
 _DEVICES = flags.DEFINE_integer("devices", 8, "simulated CPU devices; 0: the devices that are here", lower_bound=0)
@@ -38,9 +39,7 @@ def main(argv):
 def _simulate_devices():
     """Before jax is imported: as many devices on the CPU as asked for."""
     if _DEVICES.value:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
-        os.environ["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={_DEVICES.value}"])
+        os.environ.update(simulated.environment(_DEVICES.value))
 
 
 if __name__ == "__main__":

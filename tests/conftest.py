@@ -7,12 +7,11 @@ import os
 import pathlib
 import re
 
+from effmodels import simulated
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # on a GPU: JAX_PLATFORMS=cuda python -m pytest -m gpu
-# An absolute bound on the thread pool: interpreted kernels with callbacks can exhaust a pool sized by two cores (jax 0.10).
-os.environ.setdefault("NPROC", "8")
-_flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+for _name, _value in simulated.environment(8 if simulated.asked_for() == 1 else simulated.asked_for()).items():
+    os.environ[_name] = os.environ["JAX_PLATFORMS"] if _name == "JAX_PLATFORMS" else _value
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax  # noqa: E402

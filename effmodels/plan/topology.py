@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from effmodels import simulated
 from effmodels.config import ConfigError, nearest
 from effmodels.plan import chips
 
@@ -76,8 +77,7 @@ class Topology:
         """What a process needs in its environment before it imports jax."""
         if self.platform != "cpu":
             return {"JAX_PLATFORMS": "cpu"}
-        kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in f]
-        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={self.chips}"])}
+        return simulated.environment(self.chips)
 
 
 def parse(text: str, slices: int = 1) -> Topology:

@@ -1,17 +1,20 @@
-"""Attention tile by tile in plain jnp: memory linear in T, tiles that no row can see are not visited. The CPU path.
+"""Attention tile by tile in plain jnp: no temporary as long as T but the output kept for the backward pass, tiles that no row can see are not visited. The CPU path.
 
 B batch, T query, S key, K kv heads, G query heads per kv head, H head dim, P value dim; Q, C queries and keys of one tile.
 Two schedules share the tile mathematics (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2):
   unrolled  visibility known at trace time (no positions) and few tiles: a Python loop with static ranges;
-  scanned   a scan over query blocks, and in it a loop over the key blocks that the block can see, found from the extents of
+  scanned   a loop over query blocks, and in it a loop over the key blocks that the block can see, found from the extents of
             (segment, position) of every block, on the device.
-Gradients of keys and values are accumulated transposed, [H,S]: the natural form would make XLA:CPU transpose every tile of
-probabilities (measured: 74 against 123 GFLOP/s for that product).
+Tiles are cut from the arrays as they are given and written where they belong, so that nothing of length T is copied; a last block
+that is not whole lies over the one before, and what it repeats counts once.
+The products for keys' and values' gradients are written transposed, [H,C]: the natural form would make XLA:CPU transpose every tile
+of probabilities (measured: 74 against 123 GFLOP/s for that product).
 """
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.checks import accumulator
 from pallas_kernels.flash_attention.mask import Side, cut, sides, visible
@@ -30,38 +33,56 @@ BACKWARD_BLOCK = 256
 
 def attend(query_BTNH, key_BSKH, value_BSKP, index, sinks_N, spec):
     """(out [B,T,N,P], logsumexp [B,T,N])."""
-    B, T, N, H = query_BTNH.shape
-    S, K = key_BSKH.shape[1:3]
-    q_BKGTH = query_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    plan = _unrolled_plan(T, S, spec, index)
-    out_BKGTP, lse_BKGT = _core(spec, plan, q_BKGTH, key_BSKH.swapaxes(1, 2), value_BSKP.swapaxes(1, 2), index)
+    plan = _unrolled_plan(query_BTNH.shape[1], key_BSKH.shape[1], spec, index)
+    out_BTNP, lse_BTN = _core(spec, plan, query_BTNH, key_BSKH, value_BSKP, index)
     if sinks_N is not None:
-        out_BKGTP, lse_BKGT = _add_sinks(out_BKGTP, lse_BKGT, sinks_N.reshape(K, N // K, 1))
-    out_BTNP = out_BKGTP.astype(spec.out_dtype or query_BTNH.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
-    return out_BTNP, lse_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
+        out_BTNP, lse_BTN = _add_sinks(out_BTNP, lse_BTN, sinks_N)
+    return out_BTNP.astype(spec.out_dtype or query_BTNH.dtype), lse_BTN
 
 
 def gradients(query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, delta_BTN, d_out_BTNP, spec):
     """(dq, dk, dv) in the accumulator's dtype, from a logsumexp over these keys and perhaps others."""
-    B, T, N, H = query_BTNH.shape
-    S, K = key_BSKH.shape[1:3]
-    by_group = lambda x: jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)  # noqa: E731
-    rows = by_group(lse_BTN), by_group(d_out_BTNP.astype(query_BTNH.dtype)), by_group(delta_BTN)
-    arrays = by_group(query_BTNH), key_BSKH.swapaxes(1, 2), value_BSKP.swapaxes(1, 2)
-    dq_BKGTH, dk_BKHS, dv_BKPS = _gradients(spec, _unrolled_plan(T, S, spec, index), *arrays, index, *rows)
-    return jnp.moveaxis(dq_BKGTH, 3, 1).reshape(B, T, N, H), dk_BKHS.transpose(0, 3, 1, 2), dv_BKPS.transpose(0, 3, 1, 2)
+    plan = _unrolled_plan(query_BTNH.shape[1], key_BSKH.shape[1], spec, index)
+    return _gradients(spec, plan, query_BTNH, key_BSKH, value_BSKP, index, lse_BTN, d_out_BTNP.astype(query_BTNH.dtype), delta_BTN)
 
 
-def _add_sinks(out_BKGTP, lse_BKGT, sinks_KG1):
+def _add_sinks(out_BTNP, lse_BTN, sinks_N):
     """One more logit in the denominator only. Rows that saw nothing stay as they are."""
-    seen_BKGT = lse_BKGT != -jnp.inf
-    safe_BKGT = jnp.where(seen_BKGT, lse_BKGT, 0.0)
-    sinks_KG1 = sinks_KG1.astype(lse_BKGT.dtype)
-    out_BKGTP = out_BKGTP * jax.nn.sigmoid(safe_BKGT - sinks_KG1)[..., None]
-    return out_BKGTP, jnp.where(seen_BKGT, jnp.logaddexp(safe_BKGT, sinks_KG1), -jnp.inf)
+    seen_BTN = lse_BTN != -jnp.inf
+    safe_BTN = jnp.where(seen_BTN, lse_BTN, 0.0)
+    sinks_N = sinks_N.astype(lse_BTN.dtype)
+    out_BTNP = out_BTNP * jax.nn.sigmoid(safe_BTN - sinks_N)[..., None]
+    return out_BTNP, jnp.where(seen_BTN, jnp.logaddexp(safe_BTN, sinks_N), -jnp.inf)
 
 
-# One tile.
+# One tile. Its arrays have heads in front, [B,K,G,Q,H] and [B,K,C,H], as the products want them.
+
+
+def _queries(x_BTN, start, size, K):
+    """Rows [start, start + size) of [B,T,N,...] as [B,K,G,Q,...]. Heads are grouped here: a grouped view of the whole would be copied."""
+    x = jax.lax.dynamic_slice_in_dim(x_BTN, start, size, axis=1)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, *x.shape[3:]), 1, 3)
+
+
+def _keys(x_BSKH, start, size):
+    """Keys or values [start, start + size) as [B,K,C,H]."""
+    return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x_BSKH, start, size, axis=1), 1, 2)
+
+
+def _in_time(tile, like):
+    """A tile [B,K,G,Q,...] or [B,K,H,C] with time where `like` [B,T,N,...] has it."""
+    tile = jnp.moveaxis(tile, 3, 1)
+    return tile.reshape(*tile.shape[:2], *like.shape[2:])
+
+
+def _written(results, tiles, start):
+    """(out, logsumexp) with a tile of each in its place."""
+    return tuple(jax.lax.dynamic_update_slice_in_dim(x, _in_time(tile, x), start, axis=1) for x, tile in zip(results, tiles))
+
+
+def _added(x_BT, tile, start):
+    tile = _in_time(tile, x_BT)
+    return jax.lax.dynamic_update_slice_in_dim(x_BT, jax.lax.dynamic_slice_in_dim(x_BT, start, tile.shape[1], axis=1) + tile, start, axis=1)
 
 
 def _scores(q_BKGQH, k_BKCH, see, spec):
@@ -118,28 +139,32 @@ def _backward_tile(q_BKGQH, k_BKCH, v_BKCP, see, lse_BKGQ, do_BKGQP, delta_BKGQ,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _core(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index):
+def _core(spec, plan, q_BTNH, k_BSKH, v_BSKP, index):
     forward = _forward_scanned if plan is None else functools.partial(_forward_unrolled, plan)
-    return forward(spec, q_BKGTH, k_BKSH, v_BKSP, *sides(index, q_BKGTH.shape[3], k_BKSH.shape[2], spec))
+    dtype, rows = accumulator(q_BTNH.dtype), q_BTNH.shape[:-1]
+    results = jnp.zeros((*rows, v_BSKP.shape[-1]), dtype), jnp.zeros(rows, dtype)
+    return forward(spec, results, q_BTNH, k_BSKH, v_BSKP, *sides(index, q_BTNH.shape[1], k_BSKH.shape[1], spec))
 
 
-def _core_fwd(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index):
-    out_BKGTP, lse_BKGT = kept(_core(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index))
-    return (out_BKGTP, lse_BKGT), (q_BKGTH, k_BKSH, v_BKSP, index, out_BKGTP, lse_BKGT)
+def _core_fwd(spec, plan, q_BTNH, k_BSKH, v_BSKP, index):
+    out_BTNP, lse_BTN = kept(_core(spec, plan, q_BTNH, k_BSKH, v_BSKP, index))
+    return (out_BTNP, lse_BTN), (q_BTNH, k_BSKH, v_BSKP, index, out_BTNP, lse_BTN)
 
 
 def _core_bwd(spec, plan, residuals, cotangents):
-    q_BKGTH, k_BKSH, v_BKSP, index, out_BKGTP, lse_BKGT = residuals
-    do_BKGTP, dlse_BKGT = cotangents
-    delta_BKGT = (out_BKGTP * do_BKGTP).sum(-1) - dlse_BKGT
-    dq, dk, dv = _gradients(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index, lse_BKGT, do_BKGTP.astype(q_BKGTH.dtype), delta_BKGT)
-    return dq.astype(q_BKGTH.dtype), dk.swapaxes(2, 3).astype(k_BKSH.dtype), dv.swapaxes(2, 3).astype(v_BKSP.dtype), None
+    q_BTNH, k_BSKH, v_BSKP, index, out_BTNP, lse_BTN = residuals
+    do_BTNP, dlse_BTN = cotangents
+    delta_BTN = (out_BTNP * do_BTNP).sum(-1) - dlse_BTN
+    dq, dk, dv = _gradients(spec, plan, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP.astype(q_BTNH.dtype), delta_BTN)
+    return dq.astype(q_BTNH.dtype), dk.astype(k_BSKH.dtype), dv.astype(v_BSKP.dtype), None
 
 
-def _gradients(spec, plan, q_BKGTH, k_BKSH, v_BKSP, index, lse_BKGT, do_BKGTP, delta_BKGT):
-    """(dq, dk transposed, dv transposed) in the accumulator's dtype."""
+def _gradients(spec, plan, q_BTNH, k_BSKH, v_BSKP, index, lse_BTN, do_BTNP, delta_BTN):
+    """(dq, dk, dv) in the accumulator's dtype."""
     backward = _backward_scanned if plan is None else functools.partial(_backward_unrolled, plan)
-    return backward(spec, q_BKGTH, k_BKSH, v_BKSP, *sides(index, q_BKGTH.shape[3], k_BKSH.shape[2], spec), lse_BKGT, do_BKGTP, delta_BKGT)
+    sums = [jnp.zeros(x.shape, delta_BTN.dtype) for x in (q_BTNH, k_BSKH, v_BSKP)]
+    rows = q_BTNH, lse_BTN, do_BTNP, delta_BTN
+    return backward(spec, sums, rows, k_BSKH, v_BSKP, *sides(index, q_BTNH.shape[1], k_BSKH.shape[1], spec))
 
 
 _core.defvjp(_core_fwd, _core_bwd)
@@ -189,63 +214,51 @@ def _all_visible(q0, q1, k0, k1, spec):
     return in_order and q1 - 1 - k0 <= spec.window and (spec.is_causal or k1 - 1 - q0 <= spec.window)
 
 
-def _forward_unrolled(plan, spec, q_BKGTH, k_BKSH, v_BKSP, q_side, k_side):
-    outs, lses = [], []
+def _forward_unrolled(plan, spec, results, q_BTNH, k_BSKH, v_BSKP, q_side, k_side):
     for (q0, q1), tiles in plan:
-        carry = None
+        q, carry = _queries(q_BTNH, q0, q1 - q0, k_BSKH.shape[2]), None
         for (k0, k1), masked in tiles:
             see = visible(cut(q_side, slice(q0, q1)), cut(k_side, slice(k0, k1)), spec) if masked else None
-            carry = _forward_tile(carry, q_BKGTH[..., q0:q1, :], k_BKSH[:, :, k0:k1], v_BKSP[:, :, k0:k1], see, spec)
-        out, lse = _finish(*(carry or _nothing_seen(q_BKGTH[..., q0:q1, :], v_BKSP)))
-        outs.append(out)
-        lses.append(lse)
-    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+            carry = _forward_tile(carry, q, _keys(k_BSKH, k0, k1 - k0), _keys(v_BSKP, k0, k1 - k0), see, spec)
+        results = _written(results, _finish(*(carry or _nothing_seen(q, v_BSKP))), q0)
+    return results
 
 
-def _nothing_seen(q_BKGQH, v_BKSP):
+def _nothing_seen(q_BKGQH, v_BSKP):
     """The carry of `_forward_tile` before the first tile, as arrays."""
     dtype, rows = accumulator(q_BKGQH.dtype), q_BKGQH.shape[:-1]
-    return jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v_BKSP.shape[-1]), dtype)
+    return jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, v_BSKP.shape[-1]), dtype)
 
 
-def _backward_unrolled(plan, spec, q_BKGTH, k_BKSH, v_BKSP, q_side, k_side, lse_BKGT, do_BKGTP, delta_BKGT):
-    dtype = delta_BKGT.dtype
-    dk_BKHS, dv_BKPS = (jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), dtype) for x in (k_BKSH, v_BKSP))
-    dqs = []
+def _backward_unrolled(plan, spec, sums, rows, k_BSKH, v_BSKP, q_side, k_side):
+    dq_sum, dk_sum, dv_sum = sums
     for (q0, q1), tiles in plan:
-        q, do, lse, delta = q_BKGTH[..., q0:q1, :], do_BKGTP[..., q0:q1, :], lse_BKGT[..., q0:q1], delta_BKGT[..., q0:q1]
-        dq_sum = jnp.zeros(q.shape, dtype)
+        q, lse, do, delta = (_queries(x, q0, q1 - q0, k_BSKH.shape[2]) for x in rows)
         for (k0, k1), masked in tiles:
             see = visible(cut(q_side, slice(q0, q1)), cut(k_side, slice(k0, k1)), spec) if masked else None
-            dq, dk, dv = _backward_tile(q, k_BKSH[:, :, k0:k1], v_BKSP[:, :, k0:k1], see, lse, do, delta, spec)
-            dq_sum += dq
-            dk_BKHS, dv_BKPS = dk_BKHS.at[..., k0:k1].add(dk), dv_BKPS.at[..., k0:k1].add(dv)
-        dqs.append(dq_sum)
-    return jnp.concatenate(dqs, axis=3), dk_BKHS, dv_BKPS
+            k, v = _keys(k_BSKH, k0, k1 - k0), _keys(v_BSKP, k0, k1 - k0)
+            dq, dk, dv = _backward_tile(q, k, v, see, lse, do, delta, spec)
+            dq_sum, dk_sum, dv_sum = _added(dq_sum, dq, q0), _added(dk_sum, dk, k0), _added(dv_sum, dv, k0)
+    return dq_sum, dk_sum, dv_sum
 
 
-# The scanned schedule: leading axis n counts blocks.
+# The scanned schedule: a leading axis n counts blocks.
 
 
-def _blocks(x, axis, block, fill=0):
-    """Pads `axis` to whole blocks and moves the block number to the front."""
-    block = min(block, x.shape[axis])
-    pad = -x.shape[axis] % block
-    x = jnp.pad(x, [(0, pad if a == axis % x.ndim else 0) for a in range(x.ndim)], constant_values=fill)
-    axis %= x.ndim
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+def _starts(length, block):
+    """(steps of a block, first step of every block [n]); the last block ends with the array."""
+    block = min(block, length)
+    return block, np.minimum(np.arange(0, length, block), length - block)
 
 
-def _joined(x_n, axis, length):
-    """Undoes `_blocks`: `axis` is the position of time in the result."""
-    x = jnp.moveaxis(x_n, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
-
-
-def _side_blocks(side, block):
-    """Blocks of a Side; the padding is empty slots (position -1)."""
-    return Side(*(None if x is None else _blocks(x, -1, block, fill) for x, fill in zip(side, (-1, 0, False))))
+def _side_blocks(side, block, starts, once=False):
+    """Blocks of a Side. `once`: what the last block repeats of the one before becomes empty slots (position -1)."""
+    steps = starts[:, None] + np.arange(block)
+    position, *rest = (None if x is None else jnp.moveaxis(x[..., steps], -2, 0) for x in side)
+    if once:
+        repeated = steps < (np.arange(len(starts)) * block)[:, None]
+        position = jnp.where(repeated.reshape(len(starts), *[1] * (position.ndim - 2), block), -1, position)
+    return Side(position, *rest)
 
 
 def _extent(side_n):
@@ -282,49 +295,46 @@ def _pick(tree, i):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
 
 
-def _forward_scanned(spec, q_BKGTH, k_BKSH, v_BKSP, q_side, k_side):
-    T = q_BKGTH.shape[3]
-    cut_n = functools.partial(_blocks, block=FORWARD_BLOCK)
-    q_n, q_side_n, k_side_n = cut_n(q_BKGTH, 3), _side_blocks(q_side, FORWARD_BLOCK), _side_blocks(k_side, FORWARD_BLOCK)
-    keys_n = (cut_n(k_BKSH, 2), cut_n(v_BKSP, 2), k_side_n)
+def _forward_scanned(spec, results, q_BTNH, k_BSKH, v_BSKP, q_side, k_side):
+    Q, q_starts = _starts(q_BTNH.shape[1], FORWARD_BLOCK)
+    C, k_starts = _starts(k_BSKH.shape[1], FORWARD_BLOCK)
+    q_side_n, k_side_n = _side_blocks(q_side, Q, q_starts), _side_blocks(k_side, C, k_starts, once=True)
     k_extent = _extent(k_side_n)
 
-    def one_block(_, xs):
-        q, side, extent = xs
+    def one_block(results, xs):
+        start, side, extent = xs
+        q, (order, number) = _queries(q_BTNH, start, Q, k_BSKH.shape[2]), _visits(extent, k_extent, spec)
+
+        def one_tile(i, carry):
+            k_start, k_side = _pick((jnp.asarray(k_starts), k_side_n), order[i])
+            return _forward_tile(carry, q, _keys(k_BSKH, k_start, C), _keys(v_BSKP, k_start, C), visible(side, k_side, spec), spec)
+
+        tiles = _finish(*jax.lax.fori_loop(0, number, one_tile, _nothing_seen(q, v_BSKP)))
+        return _written(results, tiles, start), None
+
+    return jax.lax.scan(one_block, results, (jnp.asarray(q_starts), q_side_n, _extent(q_side_n)))[0]
+
+
+def _backward_scanned(spec, sums, rows, k_BSKH, v_BSKP, q_side, k_side):
+    Q, q_starts = _starts(rows[0].shape[1], BACKWARD_BLOCK)
+    C, k_starts = _starts(k_BSKH.shape[1], BACKWARD_BLOCK)
+    q_side_n, k_side_n = _side_blocks(q_side, Q, q_starts, once=True), _side_blocks(k_side, C, k_starts, once=True)
+    k_extent = _extent(k_side_n)
+
+    def one_block(sums, xs):
+        start, side, extent = xs
+        q, lse, do, delta = (_queries(x, start, Q, k_BSKH.shape[2]) for x in rows)
         order, number = _visits(extent, k_extent, spec)
 
         def one_tile(i, carry):
-            k, v, k_side = _pick(keys_n, order[i])
-            return _forward_tile(carry, q, k, v, visible(side, k_side, spec), spec)
-
-        return None, _finish(*jax.lax.fori_loop(0, number, one_tile, _nothing_seen(q, v_BKSP)))
-
-    _, (out_n, lse_n) = jax.lax.scan(one_block, None, (q_n, q_side_n, _extent(q_side_n)))
-    return _joined(out_n, 3, T), _joined(lse_n, 3, T)
-
-
-def _backward_scanned(spec, q_BKGTH, k_BKSH, v_BKSP, q_side, k_side, lse_BKGT, do_BKGTP, delta_BKGT):
-    dtype, T, S = delta_BKGT.dtype, q_BKGTH.shape[3], k_BKSH.shape[2]
-    cut_n = functools.partial(_blocks, block=BACKWARD_BLOCK)
-    q_side_n, k_side_n = _side_blocks(q_side, BACKWARD_BLOCK), _side_blocks(k_side, BACKWARD_BLOCK)
-    keys_n = (cut_n(k_BKSH, 2), cut_n(v_BKSP, 2), k_side_n)
-    k_extent = _extent(k_side_n)
-    rows_n = (cut_n(q_BKGTH, 3), cut_n(lse_BKGT, 3, fill=-jnp.inf), cut_n(do_BKGTP, 3), cut_n(delta_BKGT, 3))
-
-    def one_block(sums_n, xs):
-        (q, lse, do, delta), side, extent = xs
-        order, number = _visits(extent, k_extent, spec)
-
-        def one_tile(i, carry):
-            dq_sum, dk_n, dv_n = carry
-            j = order[i]
-            k, v, k_side = _pick(keys_n, j)
+            dq_tile, dk_sum, dv_sum = carry
+            k_start, k_side = _pick((jnp.asarray(k_starts), k_side_n), order[i])
+            k, v = _keys(k_BSKH, k_start, C), _keys(v_BSKP, k_start, C)
             dq, dk, dv = _backward_tile(q, k, v, visible(side, k_side, spec), lse, do, delta, spec)
-            return dq_sum + dq, dk_n.at[j].add(dk), dv_n.at[j].add(dv)
+            return dq_tile + dq, _added(dk_sum, dk, k_start), _added(dv_sum, dv, k_start)
 
-        dq, *sums_n = jax.lax.fori_loop(0, number, one_tile, (jnp.zeros(q.shape, dtype), *sums_n))
-        return tuple(sums_n), dq
+        dq_sum, *key_sums = sums
+        dq_tile, *key_sums = jax.lax.fori_loop(0, number, one_tile, (jnp.zeros(q.shape, dq_sum.dtype), *key_sums))
+        return (_added(dq_sum, dq_tile, start), *key_sums), None
 
-    zeros_n = tuple(jnp.zeros((*x.shape[:-2], x.shape[-1], x.shape[-2]), dtype) for x in keys_n[:2])
-    (dk_n, dv_n), dq_n = jax.lax.scan(one_block, zeros_n, (rows_n, q_side_n, _extent(q_side_n)))
-    return _joined(dq_n, 3, T), _joined(dk_n, 3, S), _joined(dv_n, 3, S)
+    return jax.lax.scan(one_block, tuple(sums), (jnp.asarray(q_starts), q_side_n, _extent(q_side_n)))[0]

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from effmodels import simulated
 from effmodels.config import ConfigError
 from effmodels.parallel import distributed
 
@@ -25,7 +26,7 @@ def launch(workdir, processes, devices, *flags):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | simulated.environment(devices)
     started = []
     for i in range(processes):
         join = [f"--config.distributed.coordinator=localhost:{port}", f"--config.distributed.num_processes={processes}",
