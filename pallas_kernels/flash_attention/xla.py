@@ -1,4 +1,4 @@
-"""Attention tile by tile in plain jnp: no temporary as long as T but the output kept for the backward pass, tiles that no row can see are not visited. The CPU path.
+"""Attention tile by tile in plain jnp, the CPU path: tiles that no row can see are not visited; no temporary is as long as T.
 
 B batch, T query, S key, K kv heads, G query heads per kv head, H head dim, P value dim; Q, C queries and keys of one tile.
 Two schedules share the tile mathematics (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2):
