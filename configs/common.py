@@ -259,7 +259,7 @@ def train():
             "micro_batch_size": placeholder(int),  # sequences per forward and backward pass; None: the whole batch
             "accumulation": "auto",  # "scan" inside one program, "loop" over two programs; auto: loop when a step takes over 30 s
             "accumulate_dtype": "float32",
-            "remat": "none",  # full, dots, dots_no_batch, or "save:heads,kernel": keep what has these names (effmodels.config.SAVEABLE)
+            "remat": "none",  # full, dots, dots_no_batch, or what to keep by name: "save:heads+offload:embed" (effmodels.config.named_remat)
             "batch_ramp": (),  # ((from, batch_size), ...), the first from 0, the last with the full batch_size
             "batch_ramp_unit": "steps",  # what `from` counts: "steps" or "tokens"
             "length_stages": (),  # ((from_step, seq_len), ...), the last with the full seq_len

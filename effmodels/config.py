@@ -127,7 +127,7 @@ class ModelConfig:
         for field in ("pattern", "channel", "prefix", "suffix", "mixers", "channels", "sharing", "mtp", "media", "residual_scales"):
             value = plain(getattr(self, field))
             object.__setattr__(self, field, (value,) if isinstance(value, str) else value)
-        _check_remat(self.remat)
+        named_remat(self.remat)
         for field, options in CHOICES.items():
             if getattr(self, field) not in options:
                 raise ConfigError(f"model.{field}: unknown {getattr(self, field)!r}.{nearest(getattr(self, field), options)}")
@@ -165,16 +165,27 @@ CHOICES = {
     "compute_dtype": DTYPES,
 }
 REMAT = ("none", "full", "dots", "dots_no_batch")
-SAVE = "save:"
-# What remat="save:..." may name: results of matrix products by the weight's output dim, and what the kernels return.
+SAVE, OFFLOAD = "save:", "offload:"
+# What remat="save:...+offload:..." may name: results of matrix products by the weight's output dim, and what the kernels return.
 SAVEABLE = ("heads", "kv_heads", "embed", "mlp", "expert_mlp", "kernel")
 
 
-def _check_remat(remat):
-    if not remat.startswith(SAVE):
-        if remat not in REMAT:
+def named_remat(remat):
+    """(names kept on the device, names kept in the host's memory) of a remat "save:kernel+offload:embed"; None for a plain one.
+
+    Either part may stand alone. Raises ConfigError for what is neither such a list nor one of REMAT.
+    """
+    if remat in REMAT:
+        return None
+    found = {SAVE: (), OFFLOAD: ()}
+    for part in remat.split("+"):
+        kind = next((k for k in found if part.startswith(k) and not found[k]), None)
+        if kind is None:
             raise ConfigError(f"model.remat: unknown {remat!r}.{nearest(remat, (*REMAT, SAVE + ','.join(SAVEABLE)))}")
-        return
-    for name in remat.removeprefix(SAVE).split(","):
+        found[kind] = tuple(part.removeprefix(kind).split(","))
+    for name in (names := (*found[SAVE], *found[OFFLOAD])):
         if name not in SAVEABLE:
             raise ConfigError(f"model.remat: {remat!r} keeps {name!r}, which is nothing that a layer names.{nearest(name, SAVEABLE)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"model.remat: {remat!r} names {name!r} twice.")
+    return found[SAVE], found[OFFLOAD]

@@ -5,9 +5,9 @@ Both work on split NNX state with plain JAX transforms: `nnx.scan`, `nnx.vmap` a
 import jax
 from flax import nnx
 
-from effmodels.config import SAVE
+from effmodels.config import named_remat
 
-# What is kept for the backward pass; everything else is recomputed. Besides these: "save:" and names of `config.SAVEABLE`.
+# What is kept for the backward pass; everything else is recomputed. Besides these: the names of `config.named_remat`.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -60,7 +60,12 @@ def checkpointed(f, remat, in_scan=False):
 
 
 def policy(remat):
-    """The `jax.checkpoint` policy of a name of REMAT_POLICIES, or of "save:heads,kernel"."""
-    if remat.startswith(SAVE):
-        return jax.checkpoint_policies.save_only_these_names(*remat.removeprefix(SAVE).split(","))
-    return REMAT_POLICIES[remat]
+    """The `jax.checkpoint` policy of a name of REMAT_POLICIES, or of "save:heads,kernel+offload:embed"."""
+    if remat in REMAT_POLICIES:
+        return REMAT_POLICIES[remat]
+    saved, offloaded = named_remat(remat)
+    if not offloaded:
+        return jax.checkpoint_policies.save_only_these_names(*saved)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved, names_which_can_be_offloaded=offloaded, offload_src="device", offload_dst="pinned_host"
+    )

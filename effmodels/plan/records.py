@@ -83,6 +83,7 @@ class Plan:
     bubble: float = 0.0  # share of the slots of a pipeline that are idle
     imbalance: float = 0.0  # share of the time that the chips of a ring wait for the slowest
     host_save_bytes: int = 0  # of host memory while a checkpoint is written, per host
+    offloaded_bytes: int = 0  # of host memory, per chip: activations that wait there for the backward pass
     checkpoint_bytes: int = 0  # of one checkpoint
     input_bytes_per_second: float = 0.0  # that the data path must sustain, all hosts
     out_of_memory: str = ""  # the compiler's own words where it gave up

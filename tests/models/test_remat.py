@@ -51,6 +51,8 @@ def test_each_name_saves_the_products_that_it_names():
     # channel mixer's ends its layer, and nothing in that layer reads it.
     assert saved["heads"] == 1 + 4 and saved["kv_heads"] == 2 and saved["mlp"] == 2 and saved["embed"] == 2 and saved["expert_mlp"] >= 1
     assert none < everything < full
+    # What waits in the host's memory is not computed again either.
+    assert products("save:kernel+offload:heads,mlp") == products("save:kernel,heads,mlp") and products("offload:embed") == products("save:embed")
 
 
 def test_a_kernel_that_is_kept_does_not_run_again():
@@ -62,7 +64,7 @@ def test_a_kernel_that_is_kept_does_not_run_again():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["save:kernel", "save:heads,kv_heads,mlp,expert_mlp,embed,kernel"])
+@pytest.mark.parametrize("remat", ["save:kernel", "save:heads,kv_heads,mlp,expert_mlp,embed,kernel", "save:kernel+offload:embed,mlp"])
 def test_the_numbers_stay(remat, x64):
     params = model_state.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = {path: jnp.asarray(a, jnp.float64) for path, a in params.items()}
@@ -77,7 +79,14 @@ def test_the_numbers_stay(remat, x64):
 
 
 @pytest.mark.parametrize(
-    "remat, message", [("save:head", "keeps 'head'.*Did you mean 'heads'"), ("ful", "unknown 'ful'. Did you mean 'full'")]
+    "remat, message",
+    [
+        ("save:head", "keeps 'head'.*Did you mean 'heads'"),
+        ("ful", "unknown 'ful'. Did you mean 'full'"),
+        ("save:mlp+offload:hed", "keeps 'hed'"),
+        ("offload:mlp+offload:embed", "unknown 'offload:mlp"),
+        ("save:mlp+offload:embed,mlp", "names 'mlp' twice"),
+    ],
 )
 def test_unknown_names(remat, message):
     with pytest.raises(ConfigError, match=message):

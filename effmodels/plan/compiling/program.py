@@ -128,6 +128,7 @@ def assemble(compiled, config, place, *, what="train", level=None, name="") -> P
         bubble=_bubble(record) if training else 0.0,
         imbalance=1.0 - record["balance"] if training else 0.0,
         host_save_bytes=saving.host_bytes,
+        offloaded_bytes=max((p["memory"].get("host_temp", 0) for p in programs if "memory" in p), default=0),
         checkpoint_bytes=saving.bytes,
         input_bytes_per_second=budgets.input_rate(record["tokens"], seconds, run.model.vocab_size) if training else 0.0,
         out_of_memory=_over(compiled.out_of_memory, needed) if compiled.out_of_memory else "",

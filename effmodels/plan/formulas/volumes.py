@@ -12,6 +12,7 @@ import re
 import jax.numpy as jnp
 
 from effmodels.channel.moe import capacity
+from effmodels.config import named_remat
 from effmodels.parallel import axes, exchange, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
@@ -60,9 +61,9 @@ def calls(run):
 def recomputes(run, name):
     """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
     remat = run.config.model.remat
-    if remat in ("none", "dots", "dots_no_batch"):
-        return remat != "none" and name == "kernel"
-    return name not in remat.partition(":")[2].split(",")
+    if (names := named_remat(remat)) is None:
+        return remat == "full" or remat != "none" and name == "kernel"
+    return name not in (*names[0], *names[1])
 
 
 def _weights(run):

@@ -80,6 +80,8 @@ def _memory(plan):
     values = [(name, getattr(memory, name) / scale) for name in MEMORY_PARTS]
     parts = ", ".join(f"{spans.memory_label(name, plan.what)} {value:.2f}" for name, value in values if value >= 0.005)
     lines = [*textwrap.wrap(verdict(plan), WIDTH), *_entry("Memory", f"{parts} ({unit} per {_device(plan)}).")]
+    if plan.offloaded_bytes:
+        lines += _entry("", f"Besides, in the host's memory for each {_device(plan)}: {units.size(plan.offloaded_bytes)}.")
     if plan.out_of_memory:
         lines += _entry("Compiler", textwrap.shorten(plan.out_of_memory, 240, placeholder=" ..."))
     if not plan.fits and plan.largest:
