@@ -69,8 +69,10 @@ def test_lines_of_source():
     assert len(table.rows) == 3 and "-" not in column(table, "source")
 
 
-def test_nearly_all_exposed_is_exposed():
+def test_states_at_the_edges():
     """Sums in floating point leave a rest."""
+    late = plans.wire("all-gather", "seq", 1, 0.1, 0.3, 1e6)
+    assert column(rows.collectives(plans.large(operations=(late,))), "state") == ["behind others"]
     nearly = [plans.wire("all-gather", "fsdp", 3, 0.1, 0.1 - 1e-15, 1e6), plans.wire("all-reduce", "data", 3, 0.1, 1e-15, 1e6)]
     assert column(rows.collectives(plans.large(operations=tuple(nearly))), "state") == ["exposed", "hidden"]
 

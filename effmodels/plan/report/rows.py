@@ -132,6 +132,8 @@ def _state(operations):
     if operations[0].basis == "unpriced":
         return "no price"
     hidden = round(100 * (1 - exposed / wire)) if wire else 0
+    if hidden < 0:  # the chip waits longer than the wire takes: for others that go first on the same links
+        return "behind others"
     return {0: "exposed", 100: "hidden"}.get(hidden, f"{hidden} % hidden")
 
 
