@@ -15,6 +15,7 @@ def base():
     c.steps = 1000
     c.batch_size = 32  # sequences per optimiser step, over all devices and processes
     c.seq_len = 512
+    c.start_from = ""  # a run's folder or a Hugging Face folder: its weights instead of drawn ones (`experiments.train --start_from`)
     c.model = model()
     c.expect = ConfigDict({"params": placeholder(float), "active_params": placeholder(float)})  # checked within 0.1 % by the tests
     c.data = data()
@@ -259,7 +260,7 @@ def train():
             "micro_batch_size": placeholder(int),  # sequences per forward and backward pass; None: the whole batch
             "accumulation": "auto",  # "scan" inside one program, "loop" over two programs; auto: loop when a step takes over 30 s
             "accumulate_dtype": "float32",
-            "remat": "none",  # full, dots, dots_no_batch, or what to keep by name: "save:heads+offload:embed" (effmodels.config.named_remat)
+            "remat": "none",  # full, dots, dots_no_batch, or what to keep: "save:heads+offload:embed" (effmodels.config.named_remat)
             "batch_ramp": (),  # ((from, batch_size), ...), the first from 0, the last with the full batch_size
             "batch_ramp_unit": "steps",  # what `from` counts: "steps" or "tokens"
             "length_stages": (),  # ((from_step, seq_len), ...), the last with the full seq_len

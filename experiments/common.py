@@ -12,7 +12,6 @@ from effmodels import simulated
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, perhaps with an argument: configs/moe_1b.py:small")
 WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a run (train: default runs/<config>[-arg])")
-_ROPE_SCALING = flags.DEFINE_string("rope_scaling", None, "of a loaded model, for longer rows: kind=yarn,factor=4,original_length=512")
 
 
 def run(main, *required):
@@ -98,14 +97,19 @@ def load_model(source, *, step=None, dtype=None):
     return model if scaling is None else with_rope_scaling(model, scaling), tokenizer, step
 
 
+def define_rope_scaling():
+    """The flag of the verbs that load a model."""
+    flags.DEFINE_string("rope_scaling", None, "of a loaded model, for longer rows: kind=yarn,factor=4,original_length=512")
+
+
 def rope_scaling():
     """The mapping that --rope_scaling=name=value,... describes, or None."""
     from effmodels.config import ConfigError
 
-    if _ROPE_SCALING.value is None:
+    given, found = flags.FLAGS["rope_scaling"].value if "rope_scaling" in flags.FLAGS else None, {}
+    if given is None:
         return None
-    found = {}
-    for part in _ROPE_SCALING.value.split(","):
+    for part in given.split(","):
         name, sign, value = (piece.strip() for piece in part.partition("="))
         if not sign or not value:
             raise ConfigError(f"--rope_scaling: expected kind=yarn,factor=4,..., got {part!r}.")

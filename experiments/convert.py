@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments import common
 
+common.define_rope_scaling()
 _SOURCE = flags.DEFINE_string("source", None, "a Hugging Face folder, or the --workdir of a run")
 _FOLDER = flags.DEFINE_string("folder", None, "the Hugging Face folder to write")
 _RUN = flags.DEFINE_string("run", None, "the run's folder to write")

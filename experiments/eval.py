@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments import common
 
+common.define_rope_scaling()
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "tokens of a row; default: the run's", lower_bound=2)
 _BATCHES = flags.DEFINE_integer("batches", 16, "batches of held-out text, at most", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "rows of a batch", lower_bound=1)

@@ -12,6 +12,7 @@ from absl import flags
 
 from experiments import common
 
+common.define_rope_scaling()
 _PROMPT = flags.DEFINE_string("prompt", None, "the text to continue; '-' reads it from standard input")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "at most so many tokens", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token; else the divisor of the logits", lower_bound=0.0)

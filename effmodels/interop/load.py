@@ -33,9 +33,7 @@ def load_pretrained(path, *, dtype=None, mesh=None, rules=None, overrides=None):
     Raises InteropError (a ConfigError) for an unknown model type, a field that is not supported, missing, extra or misshapen tensors,
     pickles, corrupt files, too little memory; all before anything is loaded.
     """
-    folder = Folder(path)
-    family, config = model_config(folder.config)
-    config = config if family.seen is None else family.seen(config, folder.names())
+    folder, family, config = _described(path)
     kept = dtype is None
     dtype = _main_dtype(folder) if kept else jnp.dtype(dtype).name
     config = {**config, "param_dtype": dtype, "compute_dtype": dtype, **(overrides or {})}
@@ -54,6 +52,18 @@ def load_pretrained(path, *, dtype=None, mesh=None, rules=None, overrides=None):
     exceptions = {e.theirs: folder.dtype(e.theirs).name for e in entries if kept and folder.dtype(e.theirs) != _leaf(e, manifest, dtypes)}
     model.pretrained = Record(family.model_type, folder.config, exceptions, **record).to_json()
     return model, tokenizer
+
+
+def pretrained_config(path):
+    """The mapping of a ModelConfig of a Hugging Face folder; raises InteropError as `load_pretrained`. No tensor is read."""
+    return _described(path)[2]
+
+
+def _described(path):
+    """(Folder, Family, mapping of a ModelConfig) of a Hugging Face folder."""
+    folder = Folder(path)
+    family, config = model_config(folder.config)
+    return folder, family, config if family.seen is None else family.seen(config, folder.names())
 
 
 def model_config(fields):

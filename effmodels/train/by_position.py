@@ -54,16 +54,21 @@ def with_rope_scaling(model, scaling):
 
     Raises ConfigError where no mixer does.
     """
+    extended = dataclasses.replace(model.config, mixers=scaled_mixers(model.config, scaling))
+    graphdef = model_state.split(nnx.eval_shape(lambda: Decoder(extended, rngs=nnx.Rngs(0))))[0]
+    return model_state.merge(graphdef, *model_state.split(model)[1:])
+
+
+def scaled_mixers(c, scaling):
+    """`mixers` of a ModelConfig with `scaling` where a mixer rotates by RoPE; raises ConfigError where none does."""
     rope_scaling(scaling)
-    c, mixers = model.config, {}
+    mixers = {}
     for name, config in {k.mixer.name: k.mixer.config for k in resolve(c).layers}.items():
         fields = dict(c.mixers.get(name, {}))
         mixers[name] = fields | ({"rope_scaling": dict(scaling)} if hasattr(config, "rope_scaling") else {})
     if not any("rope_scaling" in fields for fields in mixers.values()):
         raise ConfigError(f"rope_scaling: no mixer of this model rotates by RoPE ({', '.join(mixers)}); leave it out.")
-    extended = dataclasses.replace(c, mixers={**c.mixers, **mixers})
-    graphdef = model_state.split(nnx.eval_shape(lambda: Decoder(extended, rngs=nnx.Rngs(0))))[0]
-    return model_state.merge(graphdef, *model_state.split(model)[1:])
+    return {**c.mixers, **mixers}
 
 
 def table(bins):

@@ -242,9 +242,17 @@ class Run:
         if self.checkpoints.latest() is None:
             self.first_step = 0
             begun = time.perf_counter()
-            state = setup.init_state()
+            source = self.config.start_from
+            if source:
+                from effmodels.train import start_from  # imports interop, which few runs need
+
+                places = setup.shardings.params, setup.shardings.buffers
+                state = setup.state_of(*start_from.weights(source, setup.model, self.config.model, places))
+            else:
+                state = setup.init_state()
             jax.block_until_ready(state.step)
-            self.log(f"new run: parameters drawn in {time.perf_counter() - begun:.1f} s (seed {self.config.seed})")
+            what = f"parameters read from {source}" if source else f"parameters drawn (seed {self.config.seed})"
+            self.log(f"new run: {what} in {time.perf_counter() - begun:.1f} s")
             return state, 0
         state, host, step = self.checkpoints.restore(setup.restorable_state(), manifest=setup.names)
         self.first_step = step

@@ -74,6 +74,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     eval: EvalConfig
     log: LogConfig
+    start_from: str = ""
 
     @classmethod
     def from_mapping(cls, mapping, platform="cpu"):
@@ -98,7 +99,8 @@ class RunConfig:
         model["remat"] = built["train"].remat if built["train"].remat != "none" else model.get("remat", "none")
         numbers = {name: _positive(given.get(name), name) for name in ("steps", "batch_size", "seq_len")}
         run = cls(
-            seed=check(given.get("seed", 0), int, "config.seed"), **numbers, **built, model=ModelConfig.from_mapping(model),
+            seed=check(given.get("seed", 0), int, "config.seed"), start_from=check(given.get("start_from", ""), str, "config.start_from"),
+            **numbers, **built, model=ModelConfig.from_mapping(model),
             **{name: dict(plain(given.get(name, {}))) for name in ("data", "optim", "mesh", "rules")},  # lists of a JSON file to tuples
         )  # fmt: skip
         run.check()
@@ -146,6 +148,7 @@ class RunConfig:
         keep = ("seed", "batch_size", "seq_len", "model", "data", "optim")
         model = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(ModelConfig) if f.name not in _FREE_MODEL_FIELDS}
         values = {name: getattr(self, name) for name in keep} | {"model": model}
+        values |= {"start_from": self.start_from} if self.start_from else {}
         values["data"] = {k: v for k, v in dict(self.data).items() if k != "cache_dir"}
         return jsonable(values)
 

@@ -127,6 +127,19 @@ class Setup:
         with self.context():
             return jax.jit(self._init, out_shardings=self.shardings)(key)
 
+    def state_of(self, params, buffers):
+        """A TrainState of step 0 with these arrays by path, of any floating dtype; they are given up."""
+
+        def fresh(params, buffers):
+            params, buffers = (
+                {p: a.astype(like[p].dtype) for p, a in arrays.items()}
+                for arrays, like in ((params, self.abstract_params), (buffers, self.abstract_buffers))
+            )
+            return step.state_of(params, buffers, self.optimizer)
+
+        with self.context():
+            return jax.jit(fresh, out_shardings=self.shardings, donate_argnums=(0, 1))(params, buffers)
+
     def restorable_state(self):
         """The abstract TrainState with shardings that a checkpoint is restored into."""
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.abstract_state, self.shardings)

@@ -103,7 +103,11 @@ def make_step(model, optimizer, schedule, seed, accumulate_dtype="float32", sequ
 
 def init_state(build_model, optimizer, key):
     """A fresh TrainState: parameters of build_model(key), the optimiser's state, step 0."""
-    _, params, buffers = model_state.split(build_model(key))
+    return state_of(*model_state.split(build_model(key))[1:], optimizer)
+
+
+def state_of(params, buffers, optimizer):
+    """A TrainState of step 0 with these parameters."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, buffers=buffers, opt_state=optimizer.init(params))
 
 
