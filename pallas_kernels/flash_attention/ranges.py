@@ -252,7 +252,12 @@ def _simple(plan):
 
 
 def _first_query_block(plan, j):
-    return _divide(j * plan.block_kv, plan.block_q, plan.q_blocks) if plan.spec.is_causal else 0
+    if not plan.spec.is_causal:
+        return 0
+    first = _divide(j * plan.block_kv, plan.block_q, plan.q_blocks)
+    if plan.S <= plan.T or plan.T % plan.block_q == 0:
+        return first
+    return jnp.where(j * plan.block_kv < plan.T, first, plan.q_blocks)  # only the padding of the last block comes after these keys
 
 
 def _divide(x, n, most):

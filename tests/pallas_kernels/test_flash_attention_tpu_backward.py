@@ -81,6 +81,7 @@ CASES = {
     "more_packed_cap": (2, 300, 300, 4, 1, 16, 16, F32, (256, 128, 128), {"segments": True, "sinks": True, "logits_soft_cap": 3.0}),
     "more_window_both_ways": (1, 700, 500, 2, 1, 16, 16, F32, (256, 128, 256),
                               {"is_causal": False, "local_window_size": 100, "global_tokens": 140}),
+    "more_keys_past_queries": (1, 300, 900, 2, 1, 16, 16, F32, (256, 128, 128), {}),
     "more_window_zero": (1, 300, 300, 1, 1, 16, 16, F32, (128, 128, 128), {"local_window_size": 0, "sinks": True}),
     "more_queries_past_keys": (1, 500, 131, 2, 1, 16, 16, F32, (256, 128, 128), {"local_window_size": 50}),
     **{f"more_length_{T}": (1, T, T, 2, 1, 64, 64, F32, None, {}) for T in (63, 64, 100, 127, 128, 129, 500, 1000, 2000)},
