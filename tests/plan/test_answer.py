@@ -140,6 +140,7 @@ def test_decode():
         (plans.too_large(), "--config.train.micro_batch_size"),
         (plans.large(memory=plans.memory(activations=40), executed_flops=8.45e17, operations=()), "--config.train.remat=full"),
         (plans.large(memory=plans.memory(optimizer=40), operations=()), "--config.parallel.zero1=True"),
+        (plans.large(what="prefill", operations=(plans.op("add", "memory", 1, 1.0, bytes=1e12),)), "longer prompts"),
         (plans.large(operations=(plans.op("dot", "matmul", 1, 1.0, flops=0.99 * 275e12),)), ""),
     ],
 )  # fmt: skip

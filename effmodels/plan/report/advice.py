@@ -68,4 +68,6 @@ def _against(plan, loss):
         return f"{AXES[axis] if axis and plan.what == 'train' else 'another mesh (--search)'}: {waits}."
     if loss.what == binds.HBM and plan.what == "decode":
         return "a larger batch: parameters are read once per step, however many sequences share them."
+    if loss.what == binds.HBM and plan.what == "prefill":
+        return "longer prompts or more of them in a --config.batch_size: operations wait for memory."
     return _LOSS.get(loss.what, "")
