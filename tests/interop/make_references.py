@@ -13,11 +13,11 @@ import tempfile
 
 import numpy as np
 
-from tests.interop import bailing_oracle, retnet_oracles
+from tests.interop import bailing_oracle, minimax_oracle, retnet_oracles
 from tests.interop.cases import CASES
 from tests.interop.draws import weights
 
-ORACLES = retnet_oracles.ORACLES | bailing_oracle.ORACLES
+ORACLES = retnet_oracles.ORACLES | bailing_oracle.ORACLES | minimax_oracle.ORACLES
 HERE = pathlib.Path(__file__).parent / "references"
 LENGTHS = (19, 13)
 
@@ -27,16 +27,20 @@ def make(case):
     fields = CASES[case]
     tokens = np.random.RandomState(1).randint(1, fields["vocab_size"], (len(LENGTHS), max(LENGTHS)))
     rows = [tokens[i, :n].tolist() for i, n in enumerate(LENGTHS)]
-    if fields["model_type"] in ORACLES:
-        config, (tensors, logits) = fields, ORACLES[fields["model_type"]](fields, weights, rows)
-    else:
-        config, tensors, logits = by_transformers(fields, rows)
+    config, tensors, logits = computed(fields, rows)
     return {
         "config": config,
         "tensors": tensors,
         "tokens": rows,
         "logits": [base64.b64encode(np.ascontiguousarray(r, np.float32).tobytes()).decode() for r in logits],
     }
+
+
+def computed(fields, rows):
+    """(config.json, {name: [dtype, *shape]}, logits of every row) by the independent code of a model type."""
+    if fields["model_type"] in ORACLES:
+        return fields, *ORACLES[fields["model_type"]](fields, weights, rows)
+    return by_transformers(fields, rows)
 
 
 def by_transformers(fields, rows):
