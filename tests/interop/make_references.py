@@ -49,10 +49,9 @@ def by_transformers(fields, rows):
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**fields)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(fields))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").float().eval()
         model.save_pretrained(folder)
         file = pathlib.Path(folder) / "model.safetensors"
         saved = load_file(file)
