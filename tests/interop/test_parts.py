@@ -61,6 +61,14 @@ def test_what_residual_scales_and_rates_of_decay_differ_in_is_named():
     assert differences(config | {"mixers": mixers}, config)[0].startswith("layers.0.mixer.slopes=")
 
 
+def test_any_number_of_dims_may_rotate():
+    """As a share of the head, which is what our config says, the number that the file says comes back whole."""
+    from effmodels.interop.families.minimax import _fraction
+
+    pairs = [(dims, head) for head in range(2, 300) for dims in range(2, head + 1, 2)]
+    assert all(2 * int(head * _fraction(dims, head) / 2) == dims for dims, head in pairs)
+
+
 @pytest.mark.slow
 def test_learned_positions_end_loudly():
     config = {"vocab_size": 11, "d_model": 16, "num_layers": 1, "learned_positions": 6, "mixers": {"attention": {"num_heads": 2}}}

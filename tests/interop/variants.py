@@ -101,6 +101,7 @@ NO_ROPE = {
     "by_layer": ({"rope_parameters": {"full_attention": rope("default"), "rope_theta": 1e4}}, "full_attention="),
     "no_factor": (rope("linear"), "'linear' needs a factor"), "factor_of_default": (rope("default", factor=2.0), "factor=2.0 of rope_type"),
     "unknown_field": (rope("linear", factor=2.0, odd=3), "odd=3"), "rope_number": ({"rope_parameters": 3}, "rope_parameters=3"),
+    "theta_text": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta='x'"),
     "mrope": (rope("default", mrope_section=[1, 1, 2]), "mrope_section="),
 }  # fmt: skip
 NO_PART = {

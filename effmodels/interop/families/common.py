@@ -100,8 +100,11 @@ def rope(c, theta, fraction=None, default=None):
     """
     before, now, length = (c.get(n, None) for n in ("rope_scaling", "rope_parameters", "original_max_position_embeddings"))
     given = dict(before or now or default or {})
-    old_theta, old_fraction = c.get("rope_theta", theta), c.get("partial_rotary_factor", fraction)
-    theta, part = given.pop("rope_theta", old_theta), given.pop("partial_rotary_factor", old_fraction)
+    outside = {"rope_theta": c.get("rope_theta", theta), "partial_rotary_factor": c.get("partial_rotary_factor", fraction)}
+    theta, part = (v if given.get(n) is None else given[n] for n, v in outside.items())
+    given = {n: v for n, v in given.items() if n not in outside}
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in (theta, part) if v is not None):
+        raise InteropError(f"config.json: rope_theta={theta!r} and partial_rotary_factor={part!r}: numbers are expected.")
     old_kind = given.pop("type", "default")
     kind = given.pop("rope_type", old_kind)
     if kind not in SCALINGS:

@@ -40,7 +40,7 @@ def read_v2(c):
     """ModelConfig's fields."""
     c.only("norm_topk_prob", False)
     c.only("scoring_func", "softmax")
-    limited = c.only("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
+    limited = c.only("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy" and c.get("n_group") > 1
     groups = {"groups": c.get("n_group"), "top_groups": c.get("topk_group"), "group_score": "max"} if limited else {}
     c.get("n_group", None), c.get("topk_group", None)
     routing = {"router": "softmax", "normalize_weights": False, "shared_experts": 2, "routed_scaling": 1.0, **groups}

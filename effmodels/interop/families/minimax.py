@@ -4,6 +4,7 @@ Two formats of the same tensors: `minimax`, as transformers writes config.json, 
 do. Residuals are of the normed input, with scales per kind of layer. `rotary_dim`, which the authors' code reads, is the part that rotates.
 """
 import functools
+import math
 
 from effmodels.channel.mlp import hidden_size
 from effmodels.channel.moe import MoE
@@ -54,7 +55,7 @@ def read_authors(c):
 def _read(c, names, scale_names, decay, position):
     c.only("hidden_act", "silu")
     size, head_dim = c.get("sliding_window", None), c.get("head_dim", None) or c.get("hidden_size") // c.get("num_attention_heads")
-    fraction = c.get("rotary_dim") / head_dim if c.given("rotary_dim") else None
+    fraction = _fraction(c.get("rotary_dim"), head_dim) if c.given("rotary_dim") else None
     attention = common.read_attention(c, 1e6, kv_heads=8, fraction=fraction, window=common.window(size))
     lightning = {
         "num_heads": attention["num_heads"], "head_dim": attention["head_dim"], **decay, "qkv_activation": "silu", "qk_norm": False,
@@ -67,6 +68,12 @@ def _read(c, names, scale_names, decay, position):
         mixers={n: m for n, m in (("attention", attention), ("lightning", lightning)) if n in used},
         channels={"moe": mixtral.read_experts(c, "swiglu")}, residual_scales={n: s for n, s in scales.items() if n in used},
     )  # fmt: skip
+
+
+def _fraction(dims, head_dim):
+    """dims / head_dim, rounded up where a product with head_dim would otherwise be less than dims."""
+    fraction = dims / head_dim
+    return fraction if int(head_dim * fraction) == dims else math.nextafter(fraction, 1.0)
 
 
 def write(resolved):
