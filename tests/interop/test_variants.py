@@ -19,7 +19,7 @@ from tests.interop.draws import weights
 from tests.interop.make_variants import HERE, KEPT
 from tests.interop.test_parity import BOUND, error
 
-QUICK = {("gpt2", "by_layer"), ("llama", "yarn_length_outside"), ("minimax_text_01", "base")}
+QUICK = {("minimax_text_01", "base")}
 # One per family that is also run token by token; where several parts meet.
 STEPPED = {
     "gpt2": "by_layer", "gpt_neox": "linear_old", "llama": "attention_bias", "mistral": "window_of_one", "mixtral": "window",
@@ -71,7 +71,8 @@ def test_logits_and_the_way_back(tmp_path, family, name):
         assert differences(model.config, model_config(again | {"model_type": family})[1]) == []
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "minimax_text_01" else pytest.mark.slow) for f in STEPPED])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STEPPED)
 def test_logits_token_by_token(tmp_path, family):
     name = STEPPED[family]
     with jax.default_matmul_precision("highest"):
