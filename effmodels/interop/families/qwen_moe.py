@@ -32,6 +32,7 @@ def read_qwen3_moe(c):
     bias = bool(c.get("attention_bias", False))
     size = c.get("sliding_window", 4096)
     size = size if c.get("use_sliding_window", False) else None
+    c.get("max_window_layers", None)  # all layers slide or none, whatever it says
     common.one_type(c, sliding=size is not None)
     base = common.read_attention(c, kv_heads=4, bias=bias, out_bias=bias, qk_norm=True, window=common.window(size))
     return common.read_top(c, mixers={"attention": base}, **common.read_sparse(c, moe, _dense(c)))
