@@ -13,6 +13,44 @@ HARMLESS = frozenset(
     router_jitter_noise pretraining_tp aux_loss_alpha seq_aux ep_size vocab_file tokenizer_class prefix unsloth_version
     summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels""".split()
 )
+# What a field must be where it is said, whatever the family: sizes (integers from 1), counts (from 0), numbers, lists, objects.
+SIZES = frozenset(
+    """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size moe_intermediate_size
+    shared_expert_intermediate_size moe_shared_expert_intermediate_size num_local_experts n_routed_experts num_experts_per_tok
+    n_group topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window max_position_embeddings
+    n_embd n_layer n_head n_inner n_positions num_heads state_size n_groups conv_kernel conv_L_cache linear_num_key_heads
+    linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim full_attention_interval layer_group_size
+    group_norm_size rotary_dim decoder_embed_dim decoder_layers decoder_retention_heads decoder_value_embed_dim
+    decoder_ffn_embed_dim""".split()
+)
+COUNTS = frozenset(
+    """num_experts first_k_dense_replace num_dense_layers decoder_sparse_step max_window_layers n_shared_experts
+    num_shared_experts""".split()
+)
+NUMBERS = frozenset(
+    """rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps layernorm_eps rope_theta rotary_emb_base rotary_pct partial_rotary_factor
+    routed_scaling_factor swiglu_alpha swiglu_limit expand expand_k expand_v""".split()
+)
+LISTS = frozenset("layer_types mlp_only_layers attn_type_list time_step_limit".split())
+OBJECTS = frozenset("rope_parameters rope_scaling".split())
+# Fields whose null says something besides their default.
+NULLABLE = frozenset(
+    """num_key_value_heads sliding_window n_group topk_group q_lora_rank n_inner n_shared_experts num_shared_experts
+    intermediate_size partial_rotary_factor""".split()
+)
+
+
+def _kind(name, value):
+    """(what a field must be, whether this value is that), or None where any value is taken."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    for names, what, fits in (
+        (SIZES, "an integer of at least 1", whole and value >= 1), (COUNTS, "an integer of at least 0", whole and value >= 0),
+        (NUMBERS, "a number", whole or isinstance(value, float)), (LISTS, "a list", isinstance(value, (list, tuple))),
+        (OBJECTS, "an object", isinstance(value, dict)),
+    ):  # fmt: skip
+        if name in names:
+            return what, fits
+    return None
 
 
 class Fields:
@@ -22,11 +60,17 @@ class Fields:
         self.mapping, self.model_type, self.used = mapping, model_type, set()
 
     def get(self, name, default=MISSING):
-        """The value of a field; without a default a missing one is an error."""
+        """The value of a field, which is of its kind or null; without a default a missing one, or null, is an error."""
         self.used.add(name)
-        value = self.mapping.get(name, default)
-        if value is MISSING:
+        if name not in self.mapping and default is not MISSING:
+            return default
+        value = self.mapping.get(name)
+        if value is None and default is MISSING:
             raise InteropError(f"config.json of this {self.model_type} lacks {name!r}.")
+        kind = _kind(name, value)
+        optional = value is None and (default is None or name in NULLABLE)
+        if kind is not None and not kind[1] and not optional:
+            raise InteropError(f"config.json: {name}={value!r} of this {self.model_type}: {kind[0]} is expected.")
         return value
 
     def only(self, name, *allowed):

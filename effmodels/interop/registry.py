@@ -19,6 +19,8 @@ FAMILIES = {
     "deepseek_v3": "effmodels.interop.families.deepseek:DEEPSEEK_V3",
     "gpt_oss": "effmodels.interop.families.gpt_oss:GPT_OSS",
     "minimax": "effmodels.interop.families.minimax:MINIMAX",
+    "minimax_text_01": "effmodels.interop.families.minimax:MINIMAX_TEXT_01",
+    "minimax_m1": "effmodels.interop.families.minimax:MINIMAX_M1",
     "bailing_moe_linear": "effmodels.interop.families.bailing_linear:BAILING_LINEAR",
     "mamba2": "effmodels.interop.families.mamba2:MAMBA2",
     "qwen3_next": "effmodels.interop.families.qwen3_next:QWEN3_NEXT",

@@ -16,7 +16,7 @@ from effmodels.models import mtp
 class Rule:
     """One tensor name of the outside, "{i}" for the layer and "{e}" for an index of our first dim, and what of ours it holds.
 
-    "{m}" in our name is a module that predicts further tokens; outside, those are the layers behind the last, "{i}".
+    "{m}" in our name is a module that predicts further tokens; outside, it is that too, or "{i}", a layer behind the last.
     ours: a canonical name (CONTRACTS section 4) or several, whose pieces share the tensor's bracket. spec: a layout per piece, None: alike.
     on: instances of mixers or channel mixers in whose layers the rule holds; (): wherever our arrays are.
     """
@@ -99,7 +99,8 @@ def expand(family, shapes, resolved):
                 missing = next(n for n in ours if n not in shapes)
                 raise InteropError(f"{family.model_type}: {rule.theirs} holds {', '.join(ours)}, and this model has no {missing}.")
             number = i if "{m}" not in names[0] else i + len(resolved.layers)
-            entries += _entries(rule, number, ours, shapes, dict(base_sizes))
+            theirs = rule.theirs.replace("{i}", str(number)).replace("{m}", str(i))
+            entries += _entries(dataclasses.replace(rule, theirs=theirs), ours, shapes, dict(base_sizes))
             covered |= set(ours)
     homeless = [n for n in shapes if n not in covered]
     if homeless:
@@ -119,7 +120,7 @@ def _layers(rule, names, resolved):
     return [i for i, kind in enumerate(resolved.layers) if not rule.on or {kind.mixer.name, kind.channel.name} & set(rule.on)]
 
 
-def _entries(rule, i, ours, shapes, sizes):
+def _entries(rule, ours, shapes, sizes):
     """The tensor of one rule and layer, or one per index of our first dim."""
     enumerated = "{e}" in rule.theirs
     parts = [shapes[n][1:] if enumerated else shapes[n] for n in ours]
@@ -133,7 +134,7 @@ def _entries(rule, i, ours, shapes, sizes):
         pieces = tuple(
             Piece(name, index, lay, s, total, sum(places[:k])) for k, (name, lay, s) in enumerate(zip(ours, layouts, solved))
         )  # fmt: skip
-        yield Entry(rule.theirs.format(i=i, e=index), shape, pieces)
+        yield Entry(rule.theirs.replace("{e}", str(index)), shape, pieces)
 
 
 def _solve(rule, name, lay, shape, sizes):

@@ -13,11 +13,11 @@ import tempfile
 
 import numpy as np
 
-from tests.interop import bailing_oracle, retnet_oracles
+from tests.interop import bailing_oracle, minimax_oracle, retnet_oracles
 from tests.interop.cases import CASES
 from tests.interop.draws import weights
 
-ORACLES = retnet_oracles.ORACLES | bailing_oracle.ORACLES
+ORACLES = retnet_oracles.ORACLES | bailing_oracle.ORACLES | minimax_oracle.ORACLES
 HERE = pathlib.Path(__file__).parent / "references"
 LENGTHS = (19, 13)
 
@@ -27,10 +27,7 @@ def make(case):
     fields = CASES[case]
     tokens = np.random.RandomState(1).randint(1, fields["vocab_size"], (len(LENGTHS), max(LENGTHS)))
     rows = [tokens[i, :n].tolist() for i, n in enumerate(LENGTHS)]
-    if fields["model_type"] in ORACLES:
-        config, (tensors, logits) = fields, ORACLES[fields["model_type"]](fields, weights, rows)
-    else:
-        config, tensors, logits = by_transformers(fields, rows)
+    config, tensors, logits = computed(fields, rows)
     return {
         "config": config,
         "tensors": tensors,
@@ -39,16 +36,22 @@ def make(case):
     }
 
 
+def computed(fields, rows):
+    """(config.json, {name: [dtype, *shape]}, logits of every row) by the independent code of a model type."""
+    if fields["model_type"] in ORACLES:
+        return fields, *ORACLES[fields["model_type"]](fields, weights, rows)
+    return by_transformers(fields, rows)
+
+
 def by_transformers(fields, rows):
     """(config.json, {name: [dtype, *shape]}, logits of every row) of a model of `transformers` with drawn weights."""
     import torch
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**fields)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(fields))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").float().eval()
         model.save_pretrained(folder)
         file = pathlib.Path(folder) / "model.safetensors"
         saved = load_file(file)

@@ -1,4 +1,5 @@
 """RetNets by other code than ours: torchscale's own decoder, and flash-linear-attention's forward, whose kernels need a GPU, in numpy."""
+import math
 import sys
 import types
 
@@ -32,9 +33,11 @@ def torchscale(fields, weights, rows):
 
 def fla(fields, weights, rows):
     """The same of flash-linear-attention's RetNetForCausalLM, from its layer file: RoPE over halves, queries scaled, gated head norm."""
-    D, N, L, V, F = (fields[k] for k in ("hidden_size", "num_heads", "num_hidden_layers", "vocab_size", "intermediate_size"))
+    D, N, L, V = (fields[k] for k in ("hidden_size", "num_heads", "num_hidden_layers", "vocab_size"))
+    F = fields["intermediate_size"] or 256 * math.ceil(int(D * fields.get("hidden_ratio", 2) * 2 / 3) / 256)
     K, P = round(D * fields.get("expand_k", 1.0)), round(D * fields.get("expand_v", 2.0))
-    shapes = {"model.embeddings.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    shapes = {"model.embeddings.weight": (V, D), "model.norm.weight": (D,)}
+    shapes |= {} if fields.get("tie_word_embeddings") else {"lm_head.weight": (V, D)}
     for i in range(L):
         at = f"model.layers.{i}."
         shapes |= {at + "attn_norm.weight": (D,), at + "mlp_norm.weight": (D,), at + "attn.g_norm_swish_gate.weight": (P // N,)}
@@ -73,7 +76,7 @@ def fla(fields, weights, rows):
             h = norm(x, w[at + "mlp_norm.weight"])
             gate, up = (h @ w[at + f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
             x = x + (silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
-        return norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+        return norm(x, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embeddings.weight"]).T
 
     return {n: ["float32", *s] for n, s in shapes.items()}, [logits(row) for row in rows]
 

@@ -61,6 +61,14 @@ def test_what_residual_scales_and_rates_of_decay_differ_in_is_named():
     assert differences(config | {"mixers": mixers}, config)[0].startswith("layers.0.mixer.slopes=")
 
 
+def test_any_number_of_dims_may_rotate():
+    """As a share of the head, which is what our config says, the number that the file says comes back whole."""
+    from effmodels.interop.families.minimax import _fraction
+
+    pairs = [(dims, head) for head in range(2, 300) for dims in range(2, head + 1, 2)]
+    assert all(2 * int(head * _fraction(dims, head) / 2) == dims for dims, head in pairs)
+
+
 @pytest.mark.slow
 def test_learned_positions_end_loudly():
     config = {"vocab_size": 11, "d_model": 16, "num_layers": 1, "learned_positions": 6, "mixers": {"attention": {"num_heads": 2}}}
@@ -143,3 +151,31 @@ def test_deepseeks_modules_for_further_tokens_are_read_and_written(tmp_path, dty
     other = arrays | extra | {ahead + "shared_head.head.weight": arrays["lm_head.weight"] + 1}
     with pytest.raises(InteropError, match="shared_head.head.weight must repeat lm_head.weight, but they differ"):
         load_pretrained(folders.write(tmp_path / "d", other, ref["config"], dtype))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", pytest.param("qwen3_next_biases", marks=pytest.mark.slow)])
+def test_qwen3_nexts_module_for_further_tokens_is_read_and_written(tmp_path, name):
+    """As published: a layer of attention and of experts under names of its own, without copies; the same bits come back."""
+    ref = folders.reference(name)
+    arrays, full, D = folders.tensors(ref), 3, ref["config"]["hidden_size"]
+    layer, ahead = f"model.layers.{full}.", "mtp.layers.0."
+    shapes = {n.replace(layer, ahead): a.shape for n, a in arrays.items() if n.startswith(layer)}
+    extra = {n: weights(n, shape, "qwen3_next") for n, shape in shapes.items()}
+    norms = ("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.norm.weight")
+    extra |= {n: weights(n, (D,), "qwen3_next") for n in norms} | {"mtp.fc.weight": weights("mtp.fc.weight", (D, 2 * D), "qwen3_next")}
+    source = folders.write(tmp_path / "a", arrays | extra, ref["config"])
+    model, _ = load_pretrained(source)
+    assert model.config.mtp == {"depth": 1, "mixer": "attention", "channel": "moe"}
+    module = model.mtp[0]
+    assert np.array_equal(np.asarray(module.w_join[...]).T, extra["mtp.fc.weight"])
+    for norm, n in zip((module.norm_embed, module.norm_hidden, module.norm_out), norms):
+        assert np.array_equal(np.asarray(norm.scale[...]), extra[n])
+    assert np.array_equal(np.asarray(module.layer.mixer.wo[...]).reshape(-1, D).T, extra[ahead + "self_attn.o_proj.weight"])
+    save_pretrained(model, tmp_path / "b")
+    assert folders.contents(tmp_path / "b") == folders.contents(source)
+    del model.pretrained
+    save_pretrained(model, tmp_path / "c", model_type="qwen3_next")
+    assert folders.contents(tmp_path / "c") == folders.contents(source)
+    second = {"mtp.layers.1.input_layernorm.weight": np.zeros(D, np.float32)}
+    with pytest.raises(InteropError, match="not known: mtp.layers.1.input_layernorm.weight"):
+        load_pretrained(folders.write(tmp_path / "d", arrays | extra | second, ref["config"]))

@@ -41,7 +41,7 @@ def read(c):
                  "sliding_window", "max_window_layers"):  # fmt: skip
         c.get(name, None)
     norm = bool(c.get("use_qk_norm", False))
-    attention = common.read_attention(c, qk_norm=norm)
+    attention = common.read_attention(c, fraction=1.0, qk_norm=norm)
     lightning = {
         **{n: attention[n] for n in ("num_heads", "head_dim", "rope_theta", "rotary_fraction", "rope_scaling") if n in attention},
         "slopes": "alibi", "layer_factor": "ring", "qk_norm": norm, "norm_groups": c.get("group_norm_size", 1),

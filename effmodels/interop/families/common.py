@@ -41,6 +41,13 @@ def mlp(theirs=LAYER + "mlp.", ours=OURS + "channel.", on=()):
     )
 
 
+def ahead(rules, layer=LAYER):
+    """The rules of a module that predicts further tokens from those of a layer; layer: what its names begin with outside."""
+    inside = lambda ours: tuple(map(inside, ours)) if isinstance(ours, tuple) else ours.replace(OURS, "mtp.{m}.layer.")  # noqa: E731
+    found = [r for r in rules if "{i}" in r.theirs]
+    return tuple(dataclasses.replace(r, theirs=r.theirs.replace(LAYER, layer), ours=inside(r.ours)) for r in found)
+
+
 def part(resolved, what, cls):
     """The config of the one mixer or channel mixer that all layers share; InteropError when it is of another class or there are several."""
     parts = {getattr(kind, what) for kind in resolved.layers}
@@ -52,19 +59,30 @@ def part(resolved, what, cls):
     return only.config
 
 
-def read_attention(c, theta=10_000.0, head_dim=None, fraction=1.0, rope_default=None, **fields):
+def read_attention(c, theta=10_000.0, kv_heads=None, head_dim=None, fraction=None, rope_default=None, **fields):
     """The fields of an Attention from those of Llama and its kin.
 
-    theta, head_dim, fraction (that rotates), rope_default (a mapping of `rope_parameters`): the family's own where the file says nothing.
+    theta, kv_heads, head_dim, fraction (that rotates, None: all, always), rope_default (a mapping of `rope_parameters`): the family's own
+    where the file says nothing.
     """
     heads = c.get("num_attention_heads")
     head_dim = c.get("head_dim", None) or head_dim
     if head_dim is None and c.get("hidden_size") % heads:
         raise InteropError(f"config.json: hidden_size={c.get('hidden_size')} is not divisible by num_attention_heads={heads}.")
+    head_dim, rotation = head_dim or c.get("hidden_size") // heads, rope(c, theta, fraction, rope_default)
+    check_rotated(head_dim, rotation)
     return {
-        "kind": "attention", "num_heads": heads, "num_kv_heads": c.get("num_key_value_heads", None) or heads,
-        "head_dim": head_dim or c.get("hidden_size") // heads, **rope(c, theta, fraction, rope_default), **fields,
+        "kind": "attention", "num_heads": heads, "num_kv_heads": c.get("num_key_value_heads", kv_heads) or heads, "head_dim": head_dim,
+        **rotation, **fields,
     }  # fmt: skip
+
+
+def check_rotated(head_dim, rotation):
+    """InteropError when an odd number of a head's dims would rotate, which their authors' code and others round differently."""
+    dims = int(head_dim * rotation["rotary_fraction"])
+    if dims % 2:
+        part = rotation["rotary_fraction"]
+        raise InteropError(f"config.json: partial_rotary_factor={part} rotates {dims} of {head_dim} dims; an even number is expected.")
 
 
 def write_attention(a, resolved):
@@ -75,33 +93,53 @@ def write_attention(a, resolved):
     }  # fmt: skip
 
 
-def rope(c, theta, fraction=1.0, default=None):
-    """rope_theta, rotary_fraction and rope_scaling from `rope_parameters` (transformers 5) or the fields that came before it."""
-    given = dict(c.get("rope_parameters", None) or c.get("rope_scaling", None) or default or {})
-    old_theta, fraction = c.get("rope_theta", theta), c.get("partial_rotary_factor", fraction)
-    c.get("rope_scaling", None)
-    theta, fraction = given.pop("rope_theta", old_theta), given.pop("partial_rotary_factor", fraction)
+def rope(c, theta, fraction=None, default=None):
+    """rope_theta, rotary_fraction and rope_scaling from `rope_parameters` (transformers 5) or the fields that came before it.
+
+    fraction: of a family in which a part of each head may rotate, its default; None: a family whose whole heads rotate.
+    """
+    before, now, length = (c.get(n, None) for n in ("rope_scaling", "rope_parameters", "original_max_position_embeddings"))
+    given = dict(before or now or default or {})
+    outside = {"rope_theta": c.get("rope_theta", theta), "partial_rotary_factor": c.get("partial_rotary_factor", fraction)}
+    theta, part = (v if given.get(n) is None else given[n] for n, v in outside.items())
+    given = {n: v for n, v in given.items() if n not in outside}
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in (theta, part) if v is not None):
+        raise InteropError(f"config.json: rope_theta={theta!r} and partial_rotary_factor={part!r}: numbers are expected.")
     old_kind = given.pop("type", "default")
     kind = given.pop("rope_type", old_kind)
     if kind not in SCALINGS:
         raise InteropError(f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(SCALINGS)}.")
-    found = {"rope_theta": float(theta), "rotary_fraction": float(fraction)}
-    if kind == "default":
-        return found
-    scaling = {"kind": kind}
+    if fraction is None and part not in (None, 1):
+        raise InteropError(f"config.json: partial_rotary_factor={part} is not supported for {c.model_type}; only 1.0 is.")
+    found = {"rope_theta": float(theta), "rotary_fraction": float(1.0 if part is None else part)}
     if "original_length" in SCALINGS[kind].values():
-        given.setdefault("original_max_position_embeddings", c.get("max_position_embeddings", None))
+        given["original_max_position_embeddings"] = (
+            length or given.get("original_max_position_embeddings") or c.get("max_position_embeddings", None)
+        )  # fmt: skip
+    if kind == "yarn":
+        _complete_yarn(c, given)
+    scaling = {"kind": kind} | _renamed(kind, given)
+    return found if kind == "default" else {**found, "rope_scaling": scaling}
+
+
+def _complete_yarn(c, given):
+    """Puts in the factor and the magnitude where the mapping says them in other words."""
     if given.get("factor") is None:
         given["factor"] = c.get("max_position_embeddings") / given["original_max_position_embeddings"]
     one, both = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     if one and both and given.get("attention_factor") is None:
         given["attention_factor"] = yarn_magnitude(given["factor"], one) / yarn_magnitude(given["factor"], both)
+
+
+def _renamed(kind, given):
+    """What is left of the mapping of a rope_type, under our names; InteropError for a missing factor and for fields of other types."""
+    known, given = SCALINGS[kind], {n: v for n, v in given.items() if v is not None}
     for name, value in given.items():
-        if name not in SCALINGS[kind]:
-            raise InteropError(f"config.json: {name}={value!r} of rope_type {kind!r} is not known; known are {', '.join(SCALINGS[kind])}.")
-        if value is not None:
-            scaling[SCALINGS[kind][name]] = value
-    return {**found, "rope_scaling": scaling}
+        if name not in known:
+            raise InteropError(f"config.json: {name}={value!r} of rope_type {kind!r} is not known; known are {', '.join(known) or 'none'}.")
+    if "factor" in known and "factor" not in given:
+        raise InteropError(f"config.json: rope_type {kind!r} needs a factor.")
+    return {known[name]: value for name, value in given.items()}
 
 
 # rope_type -> what its fields are called in `layers.positions.RopeScaling`.
@@ -157,6 +195,23 @@ def write_top(m):
     }  # fmt: skip
 
 
+# hidden_act -> our gated activation; the last name of each is the one that is written.
+GATED = {
+    "swish": "swiglu", "silu": "swiglu", "gelu_new": "geglu", "gelu_fast": "geglu", "gelu_pytorch_tanh": "geglu", "gelu": "geglu_exact",
+}  # fmt: skip
+
+
+def gated(c):
+    """The activation of a gated MLP or of experts, from `hidden_act`."""
+    return GATED[c.only("hidden_act", "silu", *(n for n in GATED if n != "silu"))]
+
+
+def write_gated(part):
+    """The inverse of `gated`, of a Config with `activation`."""
+    names = {ours: theirs for theirs, ours in GATED.items()}
+    if part.activation not in names:
+        raise InteropError(f"its activation is {part.activation}, not {' or '.join(names)}")
+    return {"hidden_act": names[part.activation]}
 
 
 def window(sliding_window):
@@ -179,13 +234,32 @@ def router(theirs=LAYER + "mlp.gate.weight", on=("moe",)):
     return Rule(theirs, OURS + "channel.router", "E D -> D E", on)
 
 
+def layer_types(c, known, default=None):
+    """`layer_types` of config.json, one for each layer; default(number of layers): where it says nothing. InteropError for unknown ones."""
+    layers, types = c.get("num_hidden_layers"), c.get("layer_types", None)
+    if types is None and default is not None:
+        return list(default(layers))
+    if types is None or len(types) != layers or any(t not in known for t in types):
+        raise InteropError(f"config.json: layer_types must name {layers} layers, each one of {', '.join(known)}; got {types}.")
+    return types
+
+
+def one_type(c, sliding):
+    """Checks that `layer_types`, which a family with one kind of layer does not read, says what the family does: all slide, or none."""
+    only = "sliding_attention" if sliding else "full_attention"
+    other = [t for t in c.get("layer_types", None) or () if t != only]
+    if other:
+        raise InteropError(f"config.json: layer_types has {other[0]!r}, but every layer of this {c.model_type} is of {only!r}.")
+
+
+WINDOWED = {"full_attention": "attention", "sliding_attention": "local"}
+
+
 def windowed(base, types, keys_before):
-    """pattern and mixers of layers that attend to all or to a window. base: fields of Attention; types: as `layer_types` of config.json."""
-    names = {"full_attention": "attention", "sliding_attention": "local"}
-    unknown = [t for t in types if t not in names]
-    if unknown:
-        raise InteropError(f"config.json: layer_types has {unknown[0]!r}; known are {', '.join(names)}.")
-    pattern = tuple(names[t] for t in types)
+    """pattern and mixers of layers that attend to all or to a window. base: fields of Attention; types: of `layer_types`."""
+    pattern = tuple(WINDOWED[t] for t in types)
+    if keys_before is None and "local" in pattern:
+        raise InteropError("config.json: layer_types has 'sliding_attention', but the other fields give no window.")
     mixers = {"attention": base, "local": {**base, "window": keys_before}}
     return {"pattern": shortest(pattern), "mixers": {name: mixers[name] for name in dict.fromkeys(pattern)}}
 
@@ -217,7 +291,8 @@ def layer_config(part_of_layer, cls):
 def read_sparse(c, moe, dense=None, first_dense=0):
     """channel and channels of layers of experts, some of which are dense: the first ones, those of mlp_only_layers, those between steps."""
     step, only = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", None) or ()
-    sparse = [i >= first_dense and i not in only and step > 0 and (i + 1) % step == 0 for i in range(c.get("num_hidden_layers"))]
+    layers, some = c.get("num_hidden_layers"), moe["num_experts"] > 0 and step > 0
+    sparse = [some and i >= first_dense and i not in only and (i + 1) % step == 0 for i in range(layers)]
     names = tuple("moe" if s else "mlp" for s in sparse)
     return {"channel": shortest(names), "channels": {n: moe if n == "moe" else dense for n in dict.fromkeys(names)}}
 

@@ -1,6 +1,4 @@
 """DeepSeek-V2 (arXiv:2405.04434) and V3 (arXiv:2412.19437): latent attention, group-limited routing, shared experts, dense first layers."""
-import dataclasses
-
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.channel.moe import MoE
 from effmodels.interop.errors import InteropError
@@ -10,12 +8,6 @@ from effmodels.mixers.latent import Latent
 from effmodels.models import mtp
 
 THEIRS, OURS = common.LAYER + "self_attn.", common.OURS + "mixer."
-
-
-def _ahead(ours):
-    names = (ours,) if isinstance(ours, str) else ours
-    found = tuple(n.replace(common.OURS, "mtp.{m}.layer.") for n in names)
-    return found[0] if isinstance(ours, str) else found
 
 
 RULES = (
@@ -34,7 +26,7 @@ RULES = (
 )  # fmt: skip
 # Modules for further tokens are layers behind the last, each with a copy of the table and of the head.
 AHEAD = (
-    *(dataclasses.replace(r, ours=_ahead(r.ours)) for r in RULES if "{i}" in r.theirs),
+    *common.ahead(RULES),
     Rule(common.LAYER + "enorm.weight", "mtp.{m}.norm_embed.scale"),
     Rule(common.LAYER + "hnorm.weight", "mtp.{m}.norm_hidden.scale"),
     Rule(common.LAYER + "eh_proj.weight", "mtp.{m}.w_join", "D I -> I D"),
@@ -48,23 +40,23 @@ def read_v2(c):
     """ModelConfig's fields."""
     c.only("norm_topk_prob", False)
     c.only("scoring_func", "softmax")
-    limited = c.only("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy"
+    limited = c.only("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy" and c.get("n_group") > 1
     groups = {"groups": c.get("n_group"), "top_groups": c.get("topk_group"), "group_score": "max"} if limited else {}
     c.get("n_group", None), c.get("topk_group", None)
-    return _read(c, {"router": "softmax", "normalize_weights": False, **groups}, first_dense=0)
+    routing = {"router": "softmax", "normalize_weights": False, "shared_experts": 2, "routed_scaling": 1.0, **groups}
+    return _read(c, routing, _latent(c, interleaved=True), first_dense=0)
 
 
 def read_v3(c):
     """ModelConfig's fields."""
-    c.only("rope_interleave", True)
     c.only("scoring_func", "sigmoid")
     c.only("topk_method", "noaux_tc")
     c.get("num_nextn_predict_layers", None)  # see `seen_v3`
     routing = {
         "router": "sigmoid", "normalize_weights": bool(c.get("norm_topk_prob", True)), "groups": c.get("n_group", 8),
-        "top_groups": c.get("topk_group", 4), "bias_update_rate": BALANCE_RATE,
+        "top_groups": c.get("topk_group", 4), "bias_update_rate": BALANCE_RATE, "shared_experts": 1, "routed_scaling": 2.5,
     }  # fmt: skip
-    return _read(c, routing, first_dense=3)
+    return _read(c, routing, _latent(c, interleaved=bool(c.get("rope_interleave", True))), first_dense=3)
 
 
 def seen_v3(config, names):
@@ -81,32 +73,34 @@ def copies_v3(resolved):
     return {common.LAYER.format(i=i) + name: original for i in layers for name, original in pairs}
 
 
-def _read(c, routing, first_dense):
-    c.only("hidden_act", "silu")
+def _read(c, routing, latent, first_dense):
+    """The fields of a ModelConfig; routing, first_dense: the family's own where the file says nothing."""
+    common.one_type(c, sliding=False)
     c.only("attention_bias", False)
     c.only("mlp_bias", False)
     c.only("moe_layer_freq", 1)
-    for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):
+    c.only("num_key_value_heads", c.get("num_attention_heads"), None)
+    for name in ("head_dim", "qk_head_dim"):
         c.get(name, None)  # follow from the others
-    shared = c.get("n_shared_experts", 1) or 0
     moe = {
-        "num_experts": c.get("n_routed_experts"), "top_k": c.get("num_experts_per_tok"), "hidden": c.get("moe_intermediate_size"),
-        "activation": "swiglu", "shared_experts": shared, "routed_scaling": float(c.get("routed_scaling_factor", 1.0)), **routing,
+        **routing, "num_experts": c.get("n_routed_experts"), "top_k": c.get("num_experts_per_tok"), "activation": common.gated(c),
+        "hidden": c.get("moe_intermediate_size"), "shared_experts": c.get("n_shared_experts", routing["shared_experts"]) or 0,
+        "routed_scaling": float(c.get("routed_scaling_factor", routing["routed_scaling"])),
     }  # fmt: skip
-    dense = {"hidden": c.get("intermediate_size"), "activation": "swiglu"}
+    dense = {"hidden": c.get("intermediate_size"), "activation": common.gated(c)}
     layers = common.read_sparse(c, moe, dense, c.get("first_k_dense_replace", first_dense))
-    return common.read_top(c, pattern=("latent",), mixers={"latent": _latent(c)}, **layers)
+    return common.read_top(c, pattern=("latent",), mixers={"latent": latent}, **layers)
 
 
-def _latent(c):
+def _latent(c, interleaved):
     rope = common.rope(c, 10_000.0)
-    if rope.pop("rotary_fraction") != 1.0:
-        raise InteropError("config.json: partial_rotary_factor of latent attention is not supported; only 1.0 is.")
-    given = c.get("rope_parameters", None) or c.get("rope_scaling", None) or {}
+    del rope["rotary_fraction"]  # of a family whose rotary part rotates as a whole
+    given = c.get("rope_scaling", None) or c.get("rope_parameters", None) or {}
     head, rotated = c.get("qk_nope_head_dim", 128), c.get("qk_rope_head_dim", 64)
     fields = {
         "num_heads": c.get("num_attention_heads"), "head_dim": head, "rope_dim": rotated, "value_dim": c.get("v_head_dim", 128),
-        "kv_rank": c.get("kv_lora_rank", 512), "q_rank": c.get("q_lora_rank", 1536), "rope_interleaved": True, "norm_eps": LATENT_EPS,
+        "kv_rank": c.get("kv_lora_rank", 512), "q_rank": c.get("q_lora_rank", 1536), "rope_interleaved": interleaved,
+        "norm_eps": LATENT_EPS,
     }  # fmt: skip
     if given.get("mscale_all_dim") and "rope_scaling" in rope:
         magnitude = common.yarn_magnitude(rope["rope_scaling"]["factor"], given["mscale_all_dim"])
@@ -128,6 +122,7 @@ def write_v3(resolved):
     if ahead.depth and ahead.form != "sequential":
         raise InteropError(f"its modules for further tokens are {ahead.form}, not sequential")
     fields |= {"n_group": moe.groups, "topk_group": moe.top_groups, "norm_topk_prob": moe.normalize_weights}
+    fields["rope_interleave"] = common.part(resolved, "mixer", Latent).rope_interleaved
     return fields | {"num_nextn_predict_layers": ahead.depth}
 
 
@@ -144,7 +139,7 @@ def _write(resolved):
         "qk_nope_head_dim": a.head_dim, "qk_rope_head_dim": a.rope_dim, "v_head_dim": a.value_dim, "kv_lora_rank": a.kv_rank,
         "q_lora_rank": a.q_rank, "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "moe_intermediate_size": width,
         "n_shared_experts": moe.shared_experts, "routed_scaling_factor": moe.routed_scaling, "first_k_dense_replace": len(plain),
-        "intermediate_size": hidden_size(dense, resolved.env) if dense else width, "hidden_act": "silu", **_write_rope(a),
+        "intermediate_size": hidden_size(dense, resolved.env) if dense else width, **common.write_gated(moe), **_write_rope(a),
     }, moe  # fmt: skip
 
 

@@ -35,12 +35,16 @@ def read(c):
     activation = c.only("hidden_act", *ACTIVATIONS)
     bias = bool(c.get("attention_bias", True))
     base, fraction = c.get("rotary_emb_base", 10_000), c.get("rotary_pct", 0.25)
+    if not c.given("rope_parameters"):  # other names that old files repeat them under
+        c.only("rope_theta", base), c.only("partial_rotary_factor", fraction)
+    rotation = common.rope(c, base, fraction)
+    common.check_rotated(c.get("hidden_size") // c.get("num_attention_heads"), rotation)
     return {
         "vocab_size": c.get("vocab_size", 50432), "d_model": c.get("hidden_size"), "num_layers": c.get("num_hidden_layers"),
         "norm": "layernorm", "norm_eps": float(c.get("layer_norm_eps", 1e-5)), "tie_embeddings": bool(c.get("tie_word_embeddings", False)),
         "residual": "parallel" if c.get("use_parallel_residual", True) else "serial",
         "mixers": {
-            "attention": {"num_heads": c.get("num_attention_heads"), "bias": bias, "out_bias": bias, **common.rope(c, base, fraction)}
+            "attention": {"num_heads": c.get("num_attention_heads"), "bias": bias, "out_bias": bias, **rotation}
         },
         "channels": {"mlp": {"hidden": c.get("intermediate_size"), "activation": ACTIVATIONS[activation], "bias": True}},
     }  # fmt: skip

@@ -25,10 +25,12 @@ def read(c):
     for name in ("hidden_act", "experts_per_token", "initial_context_length"):
         c.get(name, None)  # not used, or said twice
     bias = bool(c.get("attention_bias", True))
-    base = common.read_attention(c, 150_000.0, head_dim=64, rope_default=YARN, bias=bias, out_bias=bias, sinks=True)
-    types = c.get("layer_types", None) or ["full_attention" if i % 2 else "sliding_attention" for i in range(c.get("num_hidden_layers"))]
+    base = common.read_attention(c, 150_000.0, kv_heads=8, head_dim=64, rope_default=YARN, bias=bias, out_bias=bias, sinks=True)
+    by_layer = lambda layers: ("full_attention" if i % 2 else "sliding_attention" for i in range(layers))  # noqa: E731
+    types = common.layer_types(c, common.WINDOWED, by_layer)
+    experts = c.get("num_experts", 128)  # another name that transformers takes
     moe = {
-        "num_experts": c.get("num_local_experts", 128), "top_k": c.get("num_experts_per_tok", 4), "hidden": c.get("intermediate_size"),
+        "num_experts": c.get("num_local_experts", experts), "top_k": c.get("num_experts_per_tok", 4), "hidden": c.get("intermediate_size"),
         "router": "softmax", "normalize_weights": True, "router_bias": True, "bias": True, "activation": "swiglu_clamped",
         "swiglu_alpha": float(c.get("swiglu_alpha", 1.702)), "swiglu_limit": float(c.get("swiglu_limit", 7.0)),
     }  # fmt: skip

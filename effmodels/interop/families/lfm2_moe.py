@@ -38,15 +38,9 @@ WEIGHTS_EPS = 1e-6  # added to the sum of a token's weights
 
 def read(c):
     """ModelConfig's fields."""
-    types = c.get("layer_types")
-    unknown = [t for t in types if t not in NAMES]
-    if unknown or len(types) != c.get("num_hidden_layers"):
-        raise InteropError(
-            f"config.json: layer_types must name {c.get('num_hidden_layers')} layers, each one of {', '.join(NAMES)}; got {types}."
-        )
-    pattern = tuple(NAMES[t] for t in types)
+    pattern = tuple(NAMES[t] for t in common.layer_types(c, NAMES))
     mixers = {
-        "attention": common.read_attention(c, 1e6, qk_norm=True),
+        "attention": common.read_attention(c, 1e6, kv_heads=8, qk_norm=True),
         "short_conv": {"conv_width": c.get("conv_L_cache", 3), "bias": bool(c.get("conv_bias", False))},
     }
     moe = {

@@ -10,12 +10,12 @@ IGNORE = (r".*rotary_emb\.inv_freq",)
 
 def read(c):
     """ModelConfig's fields."""
-    c.only("hidden_act", "silu")
+    common.one_type(c, sliding=False)
     bias = bool(c.get("attention_bias", False))
     return common.read_top(
         c,
         mixers={"attention": common.read_attention(c, bias=bias, out_bias=bias)},
-        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": "swiglu", "bias": bool(c.get("mlp_bias", False))}},
+        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": common.gated(c), "bias": bool(c.get("mlp_bias", False))}},
     )
 
 
@@ -24,7 +24,7 @@ def write(resolved):
     a, f = common.part(resolved, "mixer", Attention), common.part(resolved, "channel", MLP)
     return {
         **common.write_top(resolved.config), **common.write_attention(a, resolved), "attention_bias": a.bias, "mlp_bias": f.bias,
-        "intermediate_size": hidden_size(f, resolved.env), "hidden_act": "silu",
+        "intermediate_size": hidden_size(f, resolved.env), **common.write_gated(f),
     }  # fmt: skip
 
 

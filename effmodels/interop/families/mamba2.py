@@ -30,9 +30,11 @@ RULES = (
     Rule("backbone.norm_f.weight", "final_norm.scale"),
     Rule("lm_head.weight", "head", "V D -> D V"),
 )  # fmt: skip
-# How weights were drawn, how the sum is cut into chunks, and in which dtype the residual stream is where weights are in bfloat16.
+# How weights were drawn, how the sum is cut into chunks, and in which dtype the residual stream is where weights are in bfloat16;
+# norm_before_gate is what converters write and no reader of this layout asks for: the gate always comes first.
 RUNNING = (
-    "chunk_size", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank", "rescale_prenorm_residual", "residual_in_fp32",
+    "norm_before_gate", "chunk_size", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank", "rescale_prenorm_residual",
+    "residual_in_fp32",
 )  # fmt: skip
 NO_LIMIT = float("inf")
 
@@ -40,6 +42,7 @@ NO_LIMIT = float("inf")
 def read(c):
     """ModelConfig's fields."""
     c.only("hidden_act", "silu", "swish")
+    c.only("rms_norm", True)
     for name in RUNNING:
         c.get(name, None)
     width, expand = c.get("hidden_size", 4096), c.get("expand", 2)

@@ -7,11 +7,12 @@ from effmodels.mixers.attention import Attention
 
 def read(c):
     """ModelConfig's fields."""
-    c.only("hidden_act", "silu")
+    size = c.get("sliding_window", 4096)
+    common.one_type(c, sliding=size is not None)
     return common.read_top(
         c,
-        mixers={"attention": common.read_attention(c, window=common.window(c.get("sliding_window", 4096)))},
-        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": "swiglu"}},
+        mixers={"attention": common.read_attention(c, kv_heads=8, window=common.window(size))},
+        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": common.gated(c)}},
     )
 
 
@@ -20,7 +21,7 @@ def write(resolved):
     a, f = common.part(resolved, "mixer", Attention), common.part(resolved, "channel", MLP)
     return {
         **common.write_top(resolved.config), **common.write_attention(a, resolved), "sliding_window": common.write_window(a.window),
-        "intermediate_size": hidden_size(f, resolved.env), "hidden_act": "silu",
+        "intermediate_size": hidden_size(f, resolved.env), **common.write_gated(f),
     }  # fmt: skip
 
 

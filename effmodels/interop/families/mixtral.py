@@ -12,20 +12,23 @@ RULES = (*common.TOP, *common.NORMS, *common.attention(), *EXPERTS)
 
 def read(c):
     """ModelConfig's fields."""
+    size = c.get("sliding_window", None)
+    common.one_type(c, sliding=size is not None)
     return common.read_top(
         c,
+        norm_eps=1e-5,
         channel=("moe",),
-        mixers={"attention": common.read_attention(c, 1e6, window=common.window(c.get("sliding_window", None)))},
-        channels={"moe": read_experts(c)},
+        mixers={"attention": common.read_attention(c, 1e6, kv_heads=8, window=common.window(size))},
+        channels={"moe": read_experts(c, common.gated(c))},
     )
 
 
-def read_experts(c):
+def read_experts(c, activation):
     """The fields of a MoE."""
-    c.only("hidden_act", "silu")
+    experts = c.get("num_experts", 8)  # another name that transformers takes
     return {
-        "num_experts": c.get("num_local_experts", 8), "top_k": c.get("num_experts_per_tok", 2), "hidden": c.get("intermediate_size"),
-        "activation": "swiglu", "router": "softmax", "normalize_weights": True,
+        "num_experts": c.get("num_local_experts", experts), "top_k": c.get("num_experts_per_tok", 2), "hidden": c.get("intermediate_size"),
+        "activation": activation, "router": "softmax", "normalize_weights": True,
     }  # fmt: skip
 
 
@@ -35,7 +38,7 @@ def write(resolved):
     return {
         **common.write_top(resolved.config), **common.write_attention(a, resolved), "sliding_window": common.write_window(a.window),
         "num_local_experts": f.num_experts, "num_experts_per_tok": f.top_k, "intermediate_size": hidden_size(f, resolved.env),
-        "hidden_act": "silu",
+        **common.write_gated(f),
     }  # fmt: skip
 
 

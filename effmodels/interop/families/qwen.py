@@ -6,13 +6,13 @@ from effmodels.interop.table import Family
 
 def read_qwen2(c):
     """ModelConfig's fields."""
-    return _read(c, common.read_attention(c, bias=True))
+    return _read(c, common.read_attention(c, kv_heads=32, bias=True))
 
 
 def read_qwen3(c):
     """ModelConfig's fields."""
     bias = bool(c.get("attention_bias", False))
-    return _read(c, common.read_attention(c, head_dim=128, bias=bias, out_bias=bias, qk_norm=True))
+    return _read(c, common.read_attention(c, kv_heads=32, head_dim=128, bias=bias, out_bias=bias, qk_norm=True))
 
 
 def write_qwen2(resolved):
@@ -27,28 +27,28 @@ def write_qwen3(resolved):
 
 
 def _read(c, base):
-    c.only("hidden_act", "silu")
     return common.read_top(
         c,
         **common.windowed(base, *sliding(c, lambda i, first: i >= first)),
-        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": "swiglu"}},
+        channels={"mlp": {"hidden": c.get("intermediate_size"), "activation": common.gated(c)}},
     )
 
 
 def sliding(c, default):
     """(layer_types, keys before the query of a window); default(layer, max_window_layers): which layers slide where no list says so."""
-    layers, size = c.get("num_hidden_layers"), c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
-    c.get("sliding_window", None)
-    first, types = c.get("max_window_layers", 28), c.get("layer_types", None)
-    if types is None or size is None:
-        types = ["sliding_attention" if size is not None and default(i, first) else "full_attention" for i in range(layers)]
-    return types, common.window(size)
+    size, first = c.get("sliding_window", 4096), c.get("max_window_layers", 28)
+    size = size if c.get("use_sliding_window", False) else None
+
+    def by_layer(layers):
+        return ("sliding_attention" if size is not None and default(i, first) else "full_attention" for i in range(layers))
+
+    return common.layer_types(c, common.WINDOWED, by_layer), common.window(size)
 
 
 def _write(resolved):
     f = common.part(resolved, "channel", MLP)
     fields, attention = write_attention(resolved)
-    fields |= {"intermediate_size": hidden_size(f, resolved.env), "hidden_act": "silu"}
+    fields |= {"intermediate_size": hidden_size(f, resolved.env), **common.write_gated(f)}
     return {**common.write_top(resolved.config), **fields}, attention
 
 

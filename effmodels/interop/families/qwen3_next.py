@@ -6,6 +6,7 @@ from effmodels.interop.families import common, llama, qwen_moe
 from effmodels.interop.table import Family, Rule
 from effmodels.mixers.attention import Attention
 from effmodels.mixers.gated_delta import GatedDelta
+from effmodels.models import mtp
 
 OURS = common.OURS + "mixer."
 LINEAR = common.LAYER + "linear_attn."
@@ -40,20 +41,35 @@ RULES = (
     Rule(LINEAR + "out_proj.weight", OURS + "wo", "D (N P) -> N P D", (DELTA,)),
     *common.mlp(on=("mlp",)), common.router(), *common.experts(), *qwen_moe.SHARED_EXPERT,
 )  # fmt: skip
+# The module for further tokens, which is of attention and of experts, and reads the table and the head of the model.
+AHEAD = (
+    *(r for r in common.ahead(RULES, "mtp.layers.{m}.") if r.on in ((), (FULL,), ("moe",))),
+    Rule("mtp.fc.weight", "mtp.{m}.w_join", "D I -> I D"),
+    Rule("mtp.pre_fc_norm_embedding.weight", "mtp.{m}.norm_embed.scale"),
+    Rule("mtp.pre_fc_norm_hidden.weight", "mtp.{m}.norm_hidden.scale"),
+    Rule("mtp.norm.weight", "mtp.{m}.norm_out.scale"),
+)
+
+
+def seen(config, names):
+    """The config with the module for further tokens that config.json does not speak of, where the files hold one."""
+    if "mtp.fc.weight" not in names:
+        return config
+    if FULL not in config["mixers"] or "moe" not in config["channels"]:
+        raise InteropError("the files hold a module for further tokens (mtp.), which needs a layer of attention and one of experts.")
+    return config | {"mtp": {"depth": 1, "mixer": FULL, "channel": "moe"}}
 
 
 def read(c):
     """ModelConfig's fields."""
     c.only("hidden_act", "silu")
-    layers, bias = c.get("num_hidden_layers", 48), bool(c.get("attention_bias", False))
-    interval, types = c.get("full_attention_interval", 4), c.get("layer_types", None)
-    types = types or ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
-    unknown = [t for t in types if t not in NAMES]
-    if unknown or len(types) != layers:
-        raise InteropError(f"config.json: layer_types must name {layers} layers, each one of {', '.join(NAMES)}; got {types}.")
-    pattern = tuple(NAMES[t] for t in types)
+    bias, interval = bool(c.get("attention_bias", False)), c.get("full_attention_interval", 4)
+    by_layer = lambda layers: ("linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers))  # noqa: E731
+    pattern = tuple(NAMES[t] for t in common.layer_types(c, NAMES, by_layer))
     mixers = {
-        FULL: common.read_attention(c, head_dim=256, fraction=0.25, bias=bias, out_bias=bias, qk_norm=True, output_gate=True),
+        FULL: common.read_attention(
+            c, kv_heads=2, head_dim=256, fraction=0.25, bias=bias, out_bias=bias, qk_norm=True, output_gate=True
+        ),
         DELTA: {
             "num_heads": c.get("linear_num_key_heads", 16), "num_value_heads": c.get("linear_num_value_heads", 32),
             "head_dim": c.get("linear_key_head_dim", 128), "value_dim": c.get("linear_value_head_dim", 128),
@@ -74,7 +90,9 @@ def read(c):
 
 def write(resolved):
     """config.json's fields."""
-    m, kinds = resolved.config, [kind.mixer for kind in resolved.layers]
+    m, kinds, ahead = resolved.config, [kind.mixer for kind in resolved.layers], mtp.check(resolved.config.mtp)
+    if ahead.depth > 1 or ahead.depth and ahead.form != "sequential":
+        raise InteropError(f"its modules for further tokens are {ahead.depth} and {ahead.form}; one, sequential, is what files may hold")
     full, delta = ({p.config for p in kinds if p.cls is cls} for cls in (Attention, GatedDelta))
     if any(p.cls not in (Attention, GatedDelta) for p in kinds) or len(full) > 1 or len(delta) > 1:
         raise InteropError("its mixers are not one kind of attention and one of gated_delta")
@@ -105,5 +123,5 @@ def sizes(resolved):
 
 
 QWEN3_NEXT = Family(
-    "qwen3_next", "Qwen3NextForCausalLM", RULES, read, write, prefix="model.", ignore=llama.IGNORE, sizes=sizes
+    "qwen3_next", "Qwen3NextForCausalLM", (*RULES, *AHEAD), read, write, prefix="model.", ignore=llama.IGNORE, sizes=sizes, seen=seen
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Qwen2-MoE (arXiv:2407.10671), Qwen3-MoE (arXiv:2505.09388) and OLMoE (arXiv:2409.02060): softmax routers over many small experts."""
 from effmodels.channel.mlp import MLP, hidden_size
 from effmodels.channel.moe import MoE
+from effmodels.interop.errors import InteropError
 from effmodels.interop.families import common, llama, qwen
 from effmodels.interop.table import Family, Rule
 
@@ -18,7 +19,7 @@ def read_qwen2_moe(c):
     """ModelConfig's fields."""
     shared = {"shared_experts": 1, "shared_hidden": c.get("shared_expert_intermediate_size", 5632), "shared_gate": True}
     moe = _experts(c, c.get("num_experts", 60), c.get("num_experts_per_tok", 4), c.get("moe_intermediate_size", 1408)) | shared
-    base = common.read_attention(c, bias=bool(c.get("qkv_bias", True)))
+    base = common.read_attention(c, kv_heads=16, bias=bool(c.get("qkv_bias", True)))
     layers = common.windowed(base, *qwen.sliding(c, lambda i, first: i % 2 == 0 and i < first))
     return common.read_top(c, **layers, **common.read_sparse(c, moe, _dense(c)))
 
@@ -29,14 +30,18 @@ def read_qwen3_moe(c):
     c.get("num_local_experts", None)
     moe = _experts(c, experts, c.get("num_experts_per_tok", 8), c.get("moe_intermediate_size", 768))
     bias = bool(c.get("attention_bias", False))
-    base = common.read_attention(c, bias=bias, out_bias=bias, qk_norm=True)
-    layers = common.windowed(base, *qwen.sliding(c, lambda i, first: True))
-    return common.read_top(c, **layers, **common.read_sparse(c, moe, _dense(c)))
+    size = c.get("sliding_window", 4096)
+    size = size if c.get("use_sliding_window", False) else None
+    c.get("max_window_layers", None)  # all layers slide or none, whatever it says
+    common.one_type(c, sliding=size is not None)
+    base = common.read_attention(c, kv_heads=4, bias=bias, out_bias=bias, qk_norm=True, window=common.window(size))
+    return common.read_top(c, mixers={"attention": base}, **common.read_sparse(c, moe, _dense(c)))
 
 
 def read_olmoe(c):
     """ModelConfig's fields."""
     c.only("clip_qkv", None)
+    common.one_type(c, sliding=False)
     moe = _experts(c, c.get("num_experts", 64), c.get("num_experts_per_tok", 8), c.get("intermediate_size"))
     bias = bool(c.get("attention_bias", False))
     base = common.read_attention(c, bias=bias, out_bias=bias, qk_norm=True, qk_norm_whole=True)
@@ -55,6 +60,9 @@ def write_qwen2_moe(resolved):
 def write_qwen3_moe(resolved):
     """config.json's fields."""
     fields, attention, moe = _write(resolved)
+    types = fields.pop("layer_types")
+    if len(set(types)) > 1:
+        raise InteropError("some of its layers have a window and some have none")
     return fields | {"attention_bias": attention.bias, "num_experts": moe.num_experts}
 
 
@@ -68,15 +76,14 @@ def write_olmoe(resolved):
 
 
 def _experts(c, experts, top_k, hidden):
-    c.only("hidden_act", "silu")
     return {
-        "num_experts": experts, "top_k": top_k, "hidden": hidden, "activation": "swiglu", "router": "softmax",
+        "num_experts": experts, "top_k": top_k, "hidden": hidden, "activation": common.gated(c), "router": "softmax",
         "normalize_weights": bool(c.get("norm_topk_prob", False)),
     }  # fmt: skip
 
 
 def _dense(c):
-    return {"hidden": c.get("intermediate_size"), "activation": "swiglu"}
+    return {"hidden": c.get("intermediate_size"), "activation": common.gated(c)}
 
 
 def _write(resolved):
@@ -87,7 +94,7 @@ def _write(resolved):
     return {
         **common.write_top(resolved.config), **fields, "num_experts_per_tok": moe.top_k, "norm_topk_prob": moe.normalize_weights,
         "moe_intermediate_size": width, "intermediate_size": hidden_size(dense, resolved.env) if dense else width,
-        "mlp_only_layers": plain, "decoder_sparse_step": 1, "hidden_act": "silu",
+        "mlp_only_layers": plain, "decoder_sparse_step": 1, **common.write_gated(moe),
     }, attention, moe  # fmt: skip
 
 
