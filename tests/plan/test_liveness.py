@@ -16,8 +16,8 @@ SQUARE = 4 * N * N
 
 def most(f, *shapes, weights=frozenset()):
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    period = liveness.Period((), liveness._working(jax.make_jaxpr(f)(*arrays).jaxpr, weights), (0, 0), (0, 0))
-    return period.working_bytes(lambda a: a.itemsize * a.shape[0] * a.shape[1])
+    layer = liveness.Layer((), liveness._working(jax.make_jaxpr(f)(*arrays).jaxpr, weights), (0, 0), (0, 0))
+    return layer.working_bytes(lambda a: a.itemsize * a.shape[0] * a.shape[1])
 
 
 PROGRAMS = {

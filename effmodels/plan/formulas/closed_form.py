@@ -159,7 +159,7 @@ class Work:
         calls = volumes.calls(run)
         idle = 1 / (1 - self.bubble)
         for index, (r, period) in enumerate(zip(self.runs, self.periods)):
-            number = max(1, r.repeats // run.stages) * calls if r.repeats > 1 else calls
+            number = volumes.in_a_call(run, r.repeats) * calls if r.repeats > 1 else calls
             places = {getattr(kind, name): f"segments.{index}.blocks.{i}.{name}." for i, kind in enumerate(r.kinds) for name in PARTS}
             for part, count in collections.Counter(getattr(kind, name) for kind in r.kinds for name in PARTS).items():
                 moved = OPERANDS * self._operands(places[part])
@@ -207,7 +207,7 @@ class Work:
         share = {"forward": 1 / 3, "recomputed": again / 3, "backward": 2 / 3}.get(phase, 0)
         found = []
         for r, period in zip(self.runs, self.periods):
-            number = max(1, r.repeats // run.stages) * volumes.calls(run) if r.repeats > 1 else run.micro_batches
+            number = volumes.in_a_call(run, r.repeats) * volumes.calls(run) if r.repeats > 1 else run.micro_batches
             moved = sum(a.passes * self.footprint.nbytes(a) for a in period.working if not a.weight)
             found.append(("elementwise", "", number, share * moved))
         if phase in ("forward", "backward") or again and phase == "recomputed":

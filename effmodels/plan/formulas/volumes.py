@@ -57,6 +57,11 @@ def calls(run):
     return pipeline.schedule(run.stages, run.micro_batches, run.options.rounds).ticks
 
 
+def in_a_call(run, repeats):
+    """How many of a segment's repeats a chip runs at each of the `calls`: all, or those of one stage and round; one that is not split: 1."""
+    return max(1, repeats // (run.stages * (run.options.rounds if run.stages > 1 else 1)))
+
+
 def recomputes(run, name):
     """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
     remat = run.config.model.remat
@@ -76,14 +81,14 @@ def _weights(run):
         stay = run.over("expert") if experts and travels(run) else ()  # their tokens come to them
         gathered = tuple(a for a in split if a in rows and a not in stay)
         summed = tuple(a for a in rows if a not in split)
-        layer, repeats, piped = _owner(run, place, path), 1, False
+        layer, held, each_call, piped = _owner(run, place, path), 1, 1, False
         if place:
-            start, period, repeats = run.model.segments[int(place[1])]
+            _, _, repeats = run.model.segments[int(place[1])]
             piped = run.stages > 1 and repeats > 1
-            repeats //= run.stages if piped else 1
-        each = math.prod(sharding.shard_shape(array.shape)) // repeats
+            held, each_call = repeats // (run.stages if piped else 1), in_a_call(run, repeats)
+        each = math.prod(sharding.shard_shape(array.shape)) // held
         g = run.size(gathered)
-        times = repeats * calls(run)
+        times = each_call * calls(run)
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
@@ -162,7 +167,7 @@ def _activations(run):
     compute = jnp.dtype(c.compute_dtype).itemsize
     whole = run.rows * run.time * c.d_model * compute
     for index, (start, period, repeats) in enumerate(run.model.segments):
-        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        times = in_a_call(run, repeats) * calls(run) if repeats > 1 else run.micro_batches
         forward = []
         for place in range(period):
             kind = run.model.resolved.layers[start + place]
@@ -285,7 +290,7 @@ def _stages(run):
     if not over:
         return
     c = run.config.model
-    one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize
+    one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize * run.size(run.over("seq")) / run.size(run.over("res_seq"))
     for phase in ("forward", "backward"):
         yield Volume(over, "collective-permute", 3 * one, calls(run), "", phase)
 
@@ -293,7 +298,7 @@ def _stages(run):
 def parts(run, name):
     """(part, how often it runs in a step) of every place in every period."""
     for start, period, repeats in run.model.segments:
-        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        times = in_a_call(run, repeats) * calls(run) if repeats > 1 else run.micro_batches
         for place in range(period):
             yield getattr(run.model.resolved.layers[start + place], name), times
 
