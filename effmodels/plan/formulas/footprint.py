@@ -43,9 +43,8 @@ class Footprint:
         working = max(p.working_bytes(self.nbytes, r.repeats > 1) for r, p in zip(self.runs, self._at_work()))
         working += self._ring() + max((self._side_by_side(part) for part, _ in volumes.parts(run, "channel")), default=0)
         casts = sum(self._local(p) * self.compute for p, a in run.model.state.params.items() if a.dtype.itemsize != self.compute)
-        if run.micro_batches > 1:  # the lookup's table is gathered once for all of them
-            casts += self._table() * self.compute
-        temporaries = max(working, self._head()) + casts - BESIDE_HBM.get(self.chip.name, 0)
+        tables = self._table() * self.compute  # gathered once for all micro-batches, or with the head's use still to be kept
+        temporaries = max(working + tables, self._head()) + tables + casts - BESIDE_HBM.get(self.chip.name, 0)
         gradients = self._gradients()
         if run.micro_batches > 1 and run.stages == 1:
             gradients += run.bytes("params", jnp.dtype(run.config.train.accumulate_dtype).itemsize)

@@ -252,7 +252,7 @@ def _alive(steps, outputs, weights, gradients):
     for name, inputs, results, _ in reversed(kept_steps):
         if name in RENAMES and heavy & set(results):
             heavy |= set(inputs)
-    sources, born, last, rearranged, gradients, first = {}, {}, {}, set(), set(gradients), len(kept_steps)
+    sources, born, last, uses, rearranged, gradients, first = {}, {}, {}, {}, set(), set(gradients), len(kept_steps)
     for t, (name, inputs, results, avals) in enumerate(kept_steps):
         behind = frozenset().union(*(sources.get(v, ()) for v in inputs)) if inputs else frozenset()
         if gradients & set(inputs):
@@ -267,15 +267,21 @@ def _alive(steps, outputs, weights, gradients):
                 rearranged |= {result, *(behind if name in RENAMES or name == "transpose" else ())}
         for v in behind:  # an elementwise result takes the place of an array that nobody reads after it
             last[v] = t - (name in FUSED)
+            uses.setdefault(v, []).append(t)
     for v in outputs:
         for source in sources.get(v, ()):
             if source in born and source not in rearranged:
                 last[source] = len(kept_steps)
-    return tuple(
-        Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, v in rearranged, t, last.get(v, t), passes, t < first <= last.get(v, t))
-        for v, (t, aval, passes) in born.items()
-        if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number)
-    )
+    found = []
+    for v, (t, aval, passes) in born.items():
+        if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number):
+            one = Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, v in rearranged, t, last.get(v, t), passes, t < first <= last.get(v, t))
+            again = [use for use in uses.get(v, ()) if use >= first]
+            if one.weight and one.ahead and again[0] > min(uses[v]):  # nobody holds a weight while the gradients of other layers are made
+                found.append(dataclasses.replace(one, death=max(use for use in uses[v] if use < first), ahead=False))
+                one = dataclasses.replace(one, birth=again[0], passes=0.0)
+            found.append(one)
+    return tuple(found)
 
 
 def _flatten(jaxpr, names, steps, outputs=None):
