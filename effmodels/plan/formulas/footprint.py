@@ -43,8 +43,10 @@ class Footprint:
         working = max(p.working_bytes(self.nbytes, r.repeats > 1) for r, p in zip(self.runs, self._at_work()))
         working += self._ring() + max((self._side_by_side(part) for part, _ in volumes.parts(run, "channel")), default=0)
         casts = sum(self._local(p) * self.compute for p, a in run.model.state.params.items() if a.dtype.itemsize != self.compute)
-        tables = self._table() * self.compute  # gathered once for all micro-batches, or with the head's use still to be kept
-        temporaries = max(working + tables, self._head()) + tables + casts - BESIDE_HBM.get(self.chip.name, 0)
+        # The gathered table is there before the layers run, and the head's gradient waits behind their backward pass for its sum.
+        table = self._table() * self.compute
+        gathered, waiting = (table if over else 0 for over in (self._gathered(), run.over("batch", "seq")))
+        temporaries = max(working + waiting, self._head()) + gathered + casts - BESIDE_HBM.get(self.chip.name, 0)
         gradients = self._gradients()
         if run.micro_batches > 1 and run.stages == 1:
             gradients += run.bytes("params", jnp.dtype(run.config.train.accumulate_dtype).itemsize)
@@ -168,8 +170,13 @@ class Footprint:
         pieces = run.size(a for a in run.over("vocab") if a not in run.over("batch", "seq"))
         return vocab * self.config.d_model // (pieces if vocab % pieces == 0 else 1)
 
+    def _gathered(self):
+        """Whether the embedding is another array where it is used: gathered, or in another dtype."""
+        whole = self.run.model.state.params["embed"]
+        return self._local("embed") < self._table() or whole.dtype.itemsize != self.compute
+
     def _head(self):
-        """The gathered table, its gradient before it is scattered, a chunk of the logits, and the gradient of the hidden states."""
+        """The gradient of the table before it is scattered, a chunk of the logits, and the gradient of the hidden states."""
         width = self.config.d_model
         chunk = self.run.rows * self.run.time * (4 * width + self.compute * min(self._table() // width, CHUNK))
-        return self._table() * (self.compute + 4) + chunk
+        return self._table() * 4 + chunk

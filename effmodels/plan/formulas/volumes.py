@@ -12,13 +12,11 @@ import re
 import jax.numpy as jnp
 
 from effmodels.channel.moe import capacity
-from effmodels.parallel import axes, exchange, layouts, pipeline
+from effmodels.parallel import axes, exchange, expert, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
 _PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
-GRADIENT_OVERHEAD = 1.03  # scattered gradients are padded where a fusion's pieces overlap: 1 to 5 % in programs for TPU v4
-PIPED_OVERHEAD = 1.5  # in a pipeline the compiler sums some gradients whole instead: half of them in the one program looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,57 +79,82 @@ def _weights(run):
         stay = run.over("expert") if experts and travels(run) else ()  # their tokens come to them
         gathered = tuple(a for a in split if a in rows and a not in stay)
         summed = tuple(a for a in rows if a not in split)
-        layer, held, each_call, piped = _owner(run, place, path), 1, 1, False
+        layer, held, each_call = _owner(run, place, path), 1, 1
         if place:
             _, _, repeats = run.model.segments[int(place[1])]
-            piped = run.stages > 1 and repeats > 1
-            held, each_call = repeats // (run.stages if piped else 1), in_a_call(run, repeats)
+            held, each_call = max(1, repeats // run.stages), in_a_call(run, repeats)
         each = math.prod(sharding.shard_shape(array.shape)) // held
         g = run.size(gathered)
         times = each_call * calls(run)
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
-        # A layer's gradients use what its recomputation gathered; over a tick of a pipeline the compiler drops it.
-        again = ("recomputed",) if place and piped and run.config.model.remat != "none" else ()
-        for phase in ("forward", *again, "backward"):
+        # What makes a mixer's result again comes long before its gradients, and its weights are gathered for each; those of a channel mixer
+        # are gathered once for both.
+        again = place and place[3] == "mixer" and run.config.model.remat != "none" and recomputes(run, "embed")
+        for phase in ("forward", *(("recomputed",) if again else ()), "backward"):
             yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
         if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
-            yield from _rings(run, each * compute, gathered, summed, times, layer)
+            yield from _rings(run, path, each * compute, gathered, summed, times, layer)
             continue
-        if gathered and experts and run.options.gradient_rings:  # `parallel.scatter`: every ring scatters
-            yield Volume(gathered, "collective-permute", each * compute * (g - 1), times, layer, "backward")
+        if gathered and experts and run.options.gradient_rings:
+            yield from _scattered(run, each * compute * g, times, layer)
             continue
-        overhead = PIPED_OVERHEAD if piped else GRADIENT_OVERHEAD if place else 1.0
-        yield from _gradients(run, each * compute, gathered, summed, times, layer, overhead, experts)
+        # Inside their shard_map XLA scatters the sums of the matrices that rows enter, and not of those that they leave.
+        whole = bool(stay) and "expert_mlp" in info.in_dims
+        yield from _gradients(run, each * compute, gathered, summed, times, layer, whole)
 
 
-def _gradients(run, part, gathered, summed, times, layer, overhead=1.0, experts=False):
+def _scattered(run, whole, times, layer):
+    """`parallel.scatter`: of a gradient of `whole` bytes every ring begins with an equal part and goes on with what the others left.
+
+    Half of the ways sends once more than the ring has hops.
+    """
+    rings = [tuple(a for a in ring.split("+") if run.sizes[a] > 1) for ring in run.options.gradient_rings.replace(" ", "").split(",")]
+    rings = [ring for ring in rings if ring]
+    for first in range(len(rings)):
+        part = whole / len(rings)
+        for ring in (*rings[first:], *rings[:first]):
+            n = run.size(ring)
+            yield Volume(ring, "collective-permute", part * (n - 0.5) / n, times, layer, "backward")
+            part /= n
+
+
+def _gradients(run, part, gathered, summed, times, layer, whole=False):
     """The sum of a weight's gradients over the rows, of which every chip keeps `part` bytes (all of it where nothing is gathered).
 
     Seen in programs for TPU v4: groups in at most two dims of the torus scatter. Over all three dims the gradient is summed whole, with
-    ZeRO-1 over the replicas too; so is that of experts whose weights are split over several axes.
+    ZeRO-1 over the replicas too. whole: it is not scattered anyway.
     """
     joint = gathered + summed if run.options.zero1 and "data" in summed else gathered
     over = tuple(a for a in axes.MESH_AXES if a in joint)
     g, r, n = run.size(gathered), run.size(summed), run.size(over)
-    if gathered and run.platform == "tpu" and (torus.dims(n, run.topology) == 3 or experts and len(gathered) > 1):
+    if gathered and run.platform == "tpu" and (whole or torus.dims(n, run.topology) == 3):
         yield Volume(over, "all-reduce", 2 * part * g * (n - 1) / n, times, layer, "backward")
         summed = tuple(a for a in summed if a not in over)
         r = run.size(summed)
     else:
-        yield Volume(gathered, "reduce-scatter", part * (g - 1) * overhead, times, layer, "backward")
+        yield Volume(gathered, "reduce-scatter", part * (g - 1), times, layer, "backward")
     yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
 
 
-def _rings(run, part, gathered, summed, times, layer):
-    """`parallel.weight_ring`: as many hops as the first ring is long, then the sums over the other dims of the torus; of each in turn."""
+def _rings(run, path, part, gathered, summed, times, layer):
+    """`parallel.weight_ring`: as many hops as the first ring is long, then the sums over the other dims of the torus; of each in turn.
+
+    Then the sums over replicas: with ZeRO-1 each keeps a part, which XLA scatters where it is one of the first dim, and cuts out elsewhere.
+    """
     g, r = run.size(gathered), run.size(summed)
     dims, share = torus.rings(g, run.topology), 0.0
     for i in range(len(dims)):
         order = [*dims[i:], *dims[:i]]
         share += 1 + sum((order[j] - 1) / math.prod(order[: j + 1]) for j in range(1, len(order)))
     yield Volume(gathered, "collective-permute", part * g * share / len(dims), times, layer, "backward")
+    if run.options.zero1 and "data" in summed:
+        spec = axes.also_split(run.shardings.params[path], run.model.state.params[path].shape).spec
+        split = next((d for d, names in enumerate(spec) if "data" in axes.as_tuple(names)), None)
+        if split == (1 if run.model.infos[path].dim_names[0] == "layers" else 0):
+            yield Volume(summed, "reduce-scatter", part * (r - 1) / r, times, layer, "backward")
+            return
     yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
 
 
@@ -145,7 +168,7 @@ def _table(run, path, each, gathered, summed):
     gathers = slots if is_head else 1 + (slots if tied and slots > 1 else 0)
     yield Volume(gathered, "all-gather", each * compute * (g - 1), gathers, "head" if is_head else "embed", "forward")
     for layer, itemsize, used in (("embed", compute, not is_head), ("head", 4, is_head or tied)):
-        if used and run.stages > 1:  # each stage has micro-batches of its own, and gradients of the whole table are summed over all
+        if used and (run.stages > 1 or gathered and summed):  # of the whole table over all; each stage has micro-batches of its own
             over = tuple(a for a in axes.MESH_AXES if a in {*run.over("stage"), *gathered, *summed})
             n = run.size(over)
             yield Volume(over, "all-reduce", 2 * each * g * itemsize * (n - 1) / n, slots, layer, "backward")
@@ -232,7 +255,10 @@ def pair_rows(run, config):
 
 
 def _experts(run):
-    """Rows to their experts and back: forward, recomputed, and their gradients."""
+    """Rows to their experts, with their weights, and back, the gradients of all that, and the counts of rows.
+
+    What a backward pass needs again is what arrived at the experts (`parallel.expert`).
+    """
     over, c = run.over("expert"), run.config.model
     for part, times in parts(run, "channel"):
         room = pair_rows(run, part.config) if part.cls.reports_load else None
@@ -241,8 +267,11 @@ def _experts(run):
         n, row = run.size(over), c.d_model * jnp.dtype(c.compute_dtype).itemsize
         rows = n * room[1] if room[0] == "padded" else run.rows * run.time * part.config.top_k
         kind = "all-to-all" if room[0] == "padded" else "ragged-all-to-all"
-        for phase in ("forward", *(("recomputed",) if run.config.model.remat != "none" else ()), "backward"):
-            yield Volume(over, kind, 2 * rows * row * (n - 1) / n, times, label(part), phase)
+        weights, again = 4 * expert.LANES, run.config.model.remat != "none"
+        for phase, each in (("forward", 2 * row + weights), *((("recomputed", row + weights),) if again else ()), ("backward", 2 * row + weights)):
+            yield Volume(over, kind, rows * each * (n - 1) / n, times, label(part), phase)
+            if phase != "backward":
+                yield Volume(over, "all-to-all", 4 * part.config.num_experts * (n - 1), times, label(part), phase)
 
 
 def _sequence(run):
