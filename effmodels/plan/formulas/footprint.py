@@ -8,6 +8,7 @@ import math
 
 import jax.numpy as jnp
 
+from effmodels.models import mtp
 from effmodels.models.blocks import segments
 from effmodels.parallel import axes, expert
 from effmodels.plan.formulas import liveness, volumes
@@ -37,10 +38,19 @@ class Footprint:
         """The periods under another policy, or for rows of another length."""
         return [liveness.period(self.run.model.resolved, r.kinds, remat, time, self.chip) for r in self.runs]
 
+    def ahead(self, remat, time):
+        """(`liveness.Period` of a module that predicts further tokens, how many there are)."""
+        number = mtp.check(self.config.mtp).depth
+        kinds = (self.run.model.resolved.ahead,) if number else ()
+        return liveness.period(self.run.model.resolved, kinds, remat, time, self.chip), number
+
     def memory(self):
         """The `Memory` of one chip."""
         run = self.run
+        ahead, modules = self.ahead("none", run.time)  # a module is made again whole
         working = max(p.working_bytes(self.nbytes, r.repeats > 1) for r, p in zip(self.runs, self._at_work()))
+        if modules:
+            working = max(working, ahead.working_bytes(self.nbytes, False) + ahead.kept_bytes(self.nbytes))
         working += self._ring() + max((self._side_by_side(part) for part, _ in volumes.parts(run, "channel")), default=0)
         casts = sum(self._local(p) * self.compute for p, a in run.model.state.params.items() if a.dtype.itemsize != self.compute)
         # The gathered table is there before the layers run, and the head's gradient waits behind their backward pass for its sum.
@@ -53,7 +63,9 @@ class Footprint:
         copied, of_copied = map(sum, zip(*(self._rows(i, r) for i, r in enumerate(self.runs))))
         gradients += of_copied
         kept = sum(self._kept(i, r) for i, r in enumerate(self.runs)) + copied
-        program = PROGRAM * sum(len(p.rows) for p in self.periods)
+        slots = math.ceil(run.micro_batches / run.stages) if run.stages > 1 else 1
+        kept += modules * slots * 2 * self.stream()  # what enters a module: hidden states and embeddings
+        program = PROGRAM * (sum(len(p.rows) for p in self.periods) + modules)
         return Memory(
             available=self.chip.hbm, parameters=run.bytes("params"), optimizer=run.bytes("opt_state"), buffers=run.bytes("buffers"),
             batch=run.micro_batches * run.rows * run.time * BATCH_BYTES, gradients=gradients, activations=int(kept),

@@ -112,11 +112,11 @@ class Period:
 
     @property
     def flops(self):
-        return tuple(map(sum, zip(*(layer.flops for layer in self.layers))))
+        return tuple(sum(layer.flops[i] for layer in self.layers) for i in (0, 1))
 
     @property
     def products(self):
-        return tuple(map(sum, zip(*(layer.products for layer in self.layers))))
+        return tuple(sum(layer.products[i] for layer in self.layers) for i in (0, 1))
 
     @property
     def recomputed(self):

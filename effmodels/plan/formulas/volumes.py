@@ -12,11 +12,12 @@ import re
 import jax.numpy as jnp
 
 from effmodels.channel.moe import capacity
+from effmodels.models import mtp
 from effmodels.parallel import axes, exchange, expert, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
-_PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
+PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _weights(run):
     c, rows = run.config.model, run.over("batch", "seq")
     compute, state = jnp.dtype(c.compute_dtype).itemsize, run.model.state.params
     for path, array in state.items():
-        sharding, info, place = run.shardings.params[path], run.model.infos[path], _PLACE.match(path)
+        sharding, info, place = run.shardings.params[path], run.model.infos[path], PLACE.match(path)
         split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
         experts = "expert" in info.batch_dims
         stay = run.over("expert") if experts and travels(run) else ()  # their tokens come to them
@@ -320,20 +321,29 @@ def _stages(run):
         return
     c = run.config.model
     one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize * run.size(run.over("seq")) / run.size(run.over("res_seq"))
+    compute, moved = jnp.dtype(c.compute_dtype).itemsize, run.options.rounds > 1  # layers to the stage of their round, gradients back
     for phase in ("forward", "backward"):
         yield Volume(over, "collective-permute", 3 * one, calls(run), "", phase)
+        for path, array in run.model.state.params.items():
+            place = PLACE.match(path) if moved else None
+            if place and run.model.segments[int(place[1])][2] > 1:
+                local = math.prod(run.shardings.params[path].shard_shape(array.shape))
+                yield Volume(over, "collective-permute", local * (compute if phase == "forward" else array.dtype.itemsize), 1, "", phase)
 
 
 def parts(run, name):
-    """(part, how often it runs in a step) of every place in every period."""
+    """(part, how often it runs in a step) of every place in every period, and of the modules that predict further tokens."""
     for start, period, repeats in run.model.segments:
         times = in_a_call(run, repeats) * calls(run) if repeats > 1 else run.micro_batches
         for place in range(period):
             yield getattr(run.model.resolved.layers[start + place], name), times
+    modules = mtp.check(run.config.model.mtp).depth
+    if modules:
+        yield getattr(run.model.resolved.ahead, name), modules * run.micro_batches
 
 
 def _owner(run, place, path):
     if place is None:
-        return "embed" if path == "embed" else "head" if path == "head" else "norm"
+        return path if path in ("embed", "head") else "mtp" if path.startswith("mtp.") else "norm"
     start, _, _ = run.model.segments[int(place[1])]
     return label(getattr(run.model.resolved.layers[start + int(place[2])], place[3]))
