@@ -157,7 +157,7 @@ class Work:
         return total * self.compute / run.size(run.over("act_heads", "act_mlp"))
 
     def _groups(self):
-        """(Run, Period, how often a chip runs it in a step, where its parameters are) of all layers, and of those that predict further tokens."""
+        """(Run, Period, how often a chip runs it in a step, where its parameters are) of all layers, those of `model.mtp` last."""
         run = self.run
         for index, (r, period) in enumerate(zip(self.runs, self.periods)):
             number = volumes.in_a_call(run, r.repeats) * volumes.calls(run) if r.repeats > 1 else run.micro_batches

@@ -56,7 +56,7 @@ def _served(run):
 
 
 def _cast(run, itemsize):
-    """Bytes of the copies of weights in the compute dtype: of those that a loop over layers uses, made before it; others are cast as read."""
+    """Bytes of the copies of weights in the compute dtype: those that a loop over layers uses have one, others are cast when read."""
     total = 0
     for path, array in run.model.state.params.items():
         place = volumes.PLACE.match(path)

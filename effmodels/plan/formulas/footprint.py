@@ -160,7 +160,7 @@ class Footprint:
         return 1.0
 
     def _gradients(self):
-        """Bytes of all gradients of one backward pass: where every replica updates a part of its own (ZeRO-1), no chip keeps more of them."""
+        """Bytes of all gradients of one backward pass; where every replica updates a part (ZeRO-1), a chip keeps no more of them."""
         run, total = self.run, 0
         for path, array in run.model.state.params.items():
             sharding = run.shardings.params[path]

@@ -35,9 +35,9 @@ FUSED = frozenset(
 # each that it writes; what moves rows reads as much as it writes and reaches 0.4 of the bandwidth (gathers of a MoE's program for TPU v4).
 FUSION, MOVEMENT = 2.5, 5.0
 MOVES = frozenset(("gather", "scatter", "scatter-add", "scatter_add", "sort", "top_k"))
-# The same array under another name: of the sum that is the residual stream's gradient, the matmuls of a layer read one, the next layer another.
+# The same array under another name: of the sum that is the residual stream's gradient, matmuls read one, the next layer another.
 RENAMES = frozenset(("expand_dims", "name", "optimization_barrier", "pvary", "reshape", "sharding_constraint", "squeeze"))
-# Fused with what makes their operand, but their result is an array: who reads it later, as the gradient of a norm's scale, holds that alone.
+# Fused with what makes their operand, but their result is an array: who reads it later (a norm's scale, at the end) holds that alone.
 SUMS = frozenset(("reduce_max", "reduce_min", "reduce_sum"))
 
 
@@ -94,7 +94,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Period:
-    """rows: (Layer, how many such layers in a row are a loop) of the period; kept, working, flops, products: as of a Layer, of all of them."""
+    """rows: (Layer, how many such layers in a row are a loop). kept, working, flops, products: as of a Layer, of all of them."""
 
     rows: tuple
 
@@ -275,9 +275,10 @@ def _alive(steps, outputs, weights, gradients):
     found = []
     for v, (t, aval, passes) in born.items():
         if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number):
-            one = Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, v in rearranged, t, last.get(v, t), passes, t < first <= last.get(v, t))
+            death = last.get(v, t)
+            one = Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, v in rearranged, t, death, passes, t < first <= death)
             again = [use for use in uses.get(v, ()) if use >= first]
-            if one.weight and one.ahead and again[0] > min(uses[v]):  # nobody holds a weight while the gradients of other layers are made
+            if one.weight and one.ahead and again[0] > min(uses[v]):  # it is not held meanwhile, but gathered or cast again
                 found.append(dataclasses.replace(one, death=max(use for use in uses[v] if use < first), ahead=False))
                 one = dataclasses.replace(one, birth=again[0], passes=0.0)
             found.append(one)

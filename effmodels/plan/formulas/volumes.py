@@ -57,7 +57,7 @@ def calls(run):
 
 
 def in_a_call(run, repeats):
-    """How many of a segment's repeats a chip runs at each of the `calls`: all, or those of one stage and round; one that is not split: 1."""
+    """How many of a segment's repeats a chip runs at each of the `calls`: all, or those of one stage and round."""
     return max(1, repeats // (run.stages * (run.options.rounds if run.stages > 1 else 1)))
 
 
@@ -269,9 +269,10 @@ def _experts(run):
         rows = n * room[1] if room[0] == "padded" else run.rows * run.time * part.config.top_k
         kind = "all-to-all" if room[0] == "padded" else "ragged-all-to-all"
         weights, again = 4 * expert.LANES, run.config.model.remat != "none"
-        for phase, each in (("forward", 2 * row + weights), *((("recomputed", row + weights),) if again else ()), ("backward", 2 * row + weights)):
+        there_and_back = 2 * row + weights
+        for phase, each in (("forward", there_and_back), ("recomputed", again * (row + weights)), ("backward", there_and_back)):
             yield Volume(over, kind, rows * each * (n - 1) / n, times, label(part), phase)
-            if phase != "backward":
+            if each and phase != "backward":
                 yield Volume(over, "all-to-all", 4 * part.config.num_experts * (n - 1), times, label(part), phase)
 
 
