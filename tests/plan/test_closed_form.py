@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_traced_step(remat):
     assert plan.model_flops == setup.cost.train_flops_per_token * c.seq_len * c.batch_size
 
 
-@pytest.mark.parametrize("form", ["sequential", "parallel"])
+@pytest.mark.parametrize("form", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
 def test_modules_that_predict_further_tokens_are_layers_and_heads(form):
     """FLOPs as traced, all of them timed, the second module as dear as the first, and memory for what enters them."""
     c = small()

@@ -162,8 +162,8 @@ def test_a_mixer_made_again_gathers_its_weights_again():
 
 
 def test_each_round_of_a_pipeline_runs_its_own_layers():
-    """Two stages, two rounds: half of the four layers are a chip's, one of them at each tick."""
+    """Half of the four layers are a chip's. A micro-batch takes two ticks with both of them, in two rounds four ticks with one."""
     once, twice = (total({"stage": 2, "fsdp": 2}, parallel={"rounds": rounds}) for rounds in (1, 2))
     matrices = 4 * L * (ATTENTION + MLP)
     gathered = [found[("fsdp",), "all-gather"] - 1 / 2 * 4 * V * D for found in (once, twice)]
-    assert gathered == [2 * 1 / 2 * 2 * matrices / L * ticks for ticks in (2, 3 / 2)]
+    assert gathered == [2 * 1 / 2 * matrices / L * ticks * layers for ticks, layers in ((2, 2), (4, 1))]
