@@ -166,7 +166,7 @@ def test_what_the_wires_cannot_hide_is_waited_for():
         assert found
         return sum(o.total for o in found), sum(o.calls * o.seconds for o in found)
 
-    asynchronous = f"{closed_form.ASYNC}=true"
+    asynchronous = f"{volumes.ASYNC}=true"
     for layer in ("attention", "mlp"):
         waited, all_ = exposed("", "all-gather", layer)
         assert waited == all_ > exposed(asynchronous, "all-gather", layer)[0]

@@ -30,8 +30,6 @@ HEAD = (0.88, 0.61)  # linear_cross_entropy, forward and backward, in useful FLO
 KERNELS = {"attention": (0.54, 0.45), "retention": (0.52, 0.46), "moe": (0.79, 0.76)}
 OTHER = (0.3, 0.3)
 HIDDEN = ("all-gather", "collective-permute")  # run beside the layers' work where there is enough of it; all others are waited for
-ASYNC = "xla_enable_async_all_gather"  # the compiler's option without which programs for ASYNC_CHIPS wait for what they gather
-ASYNC_CHIPS = ("v4",)
 BEFORE = 4  # passes over the residual stream before a layer's first matmul, behind which its weight is gathered
 
 
@@ -132,17 +130,13 @@ class Work:
         Sums are waited for. So is the first weight that a mixer gathers, but for the norm before it: a program gathers what a layer needs
         while that layer runs, not earlier.
         """
-        if v.collective not in HIDDEN or v.collective == "all-gather" and not self._asynchronous:
+        if v.collective not in HIDDEN or v.collective == "all-gather" and not volumes.asynchronous(self.run):
             return 0.0
         mixers = {volumes.label(part) for part, _ in volumes.parts(self.run, "mixer")}
         if v.collective == "all-gather" and v.layer in mixers and v.phase != "update":
             before = BEFORE * self.footprint.stream() / (self.chip.bandwidth * HBM)
             return seconds - max(0.0, seconds / v.pieces - before)
         return seconds
-
-    @property
-    def _asynchronous(self):
-        return self.chip.name not in ASYNC_CHIPS or bool(self.run.config.train.compiler_options.get(ASYNC))
 
     def _operands(self, prefix):
         """Bytes that the matmuls with the weights under this path read and write in one call, on one chip."""

@@ -17,6 +17,8 @@ from effmodels.parallel import axes, exchange, expert, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
+ASYNC = "xla_enable_async_all_gather"  # the compiler's option without which programs for ASYNC_CHIPS wait for what they gather
+ASYNC_CHIPS = ("v4",)
 PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
 
 
@@ -61,6 +63,11 @@ def in_a_call(run, repeats):
     return max(1, repeats // (run.stages * (run.options.rounds if run.stages > 1 else 1)))
 
 
+def asynchronous(run):
+    """Whether the program runs its gathers beside other work."""
+    return run.topology.chip.name not in ASYNC_CHIPS or bool(run.config.train.compiler_options.get(ASYNC))
+
+
 def recomputes(run, name):
     """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
     remat = run.config.model.remat
@@ -90,9 +97,9 @@ def _weights(run):
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
-        # What makes a mixer's result again comes long before its gradients, and its weights are gathered for each; those of a channel mixer
-        # are gathered once for both.
-        again = place and place[3] == "mixer" and run.config.model.remat != "none" and recomputes(run, "embed")
+        # What makes a mixer's result again comes long before its gradients, and its weights are gathered for each where that runs in the
+        # background; those of a channel mixer, and all that are waited for, are gathered once for both.
+        again = place and place[3] == "mixer" and run.config.model.remat != "none" and recomputes(run, "embed") and asynchronous(run)
         for phase in ("forward", *(("recomputed",) if again else ()), "backward"):
             yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
         if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
