@@ -57,9 +57,8 @@ def expert_ffn(
                 return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
 
             w_in, b_in, R = list(inputs.values()), biases[:-1], rows_RD.shape[0]
-            if parts > 1 and R >= 2 * w_in[0].shape[0] * w_in[0].shape[2]:
-                # Side by side: the rows are read once, and their gradient is one product instead of a sum. Copied for that, the
-                # matrices must be smaller than the rows. On the shard, since the gradient of what was joined before is summed whole.
+            if parts > 1 and side_by_side(R, w_in[0].shape[0], w_in[0].shape[2]):
+                # On the shard, since the gradient of what was joined before is summed whole.
                 w_in, b_in = ([jnp.concatenate(a, axis=-1)] if a else [] for a in (w_in, b_in))
             kept = [checkpoint_name(matmul(rows_RD, w), "expert_mlp") for w in w_in]
             if biases:
@@ -81,6 +80,14 @@ def expert_ffn(
     arrays |= {f"w{i}": (w, PartitionSpec(split, wide, columns_spec)) for i, w in enumerate(w_in)}
     arrays |= {n: (b, PartitionSpec(split, columns_spec if n != f"b{parts}" else None)) for n, b in named_biases.items()}
     return ops.run_sharded(local, arrays, (rows, ()) if return_overflow else rows)
+
+
+def side_by_side(rows, experts, columns):
+    """Whether gates and inputs of a shard's experts are joined: the rows are read once, and their gradient is one product, not a sum.
+
+    Copied for that, the matrices must be smaller than the rows.
+    """
+    return rows >= 2 * experts * columns
 
 
 def of_each_row(vectors_eF, group_sizes_e, rows):

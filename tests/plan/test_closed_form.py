@@ -73,6 +73,29 @@ def test_flops_are_those_of_the_traced_step(remat):
     assert plan.model_flops == setup.cost.train_flops_per_token * c.seq_len * c.batch_size
 
 
+@pytest.mark.parametrize("form", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
+def test_modules_that_predict_further_tokens_are_layers_and_heads(form):
+    """FLOPs as traced, all of them timed, the second module as dear as the first, and memory for what enters them."""
+    c = small()
+    c.model.channel, c.model.channels = ("mlp",), {"mlp": c.model.channels.mlp.to_dict()}
+    c.train.remat, c.train.accumulation = "full", "scan"
+    plans = []
+    for depth in (0, 1, 2):
+        c.model.mtp = {"depth": depth, "form": form}
+        plans.append(closed_form.plan(c, cpus(1)))
+    setup = Setup(c, lambda text: None, jax.devices()[:1])
+    assert plans[2].executed_flops == pytest.approx(executed.flops(setup.trace("train_step", c.seq_len).jaxpr)[0], rel=0.02)
+    for value in (lambda p: p.executed_flops, lambda p: sum(o.calls * o.flops for o in p.operations), lambda p: p.memory.activations):
+        none, one, two = map(value, plans)
+        assert two - one == pytest.approx(one - none, rel=1e-6) and one > none
+    assert plans[2].seconds > plans[1].seconds > plans[0].seconds and not any("mtp" in note for note in plans[2].notes)
+
+
+def test_replicas_that_update_their_part_keep_that_part_of_a_gradient():
+    whole, part = (closed_form.plan(small(zero1=zero1), cpus(8), {"data": 2, "fsdp": 4}).memory for zero1 in (False, True))
+    assert whole.gradients - part.gradients == pytest.approx(whole.parameters / 2, rel=0.02)  # norms do not all divide
+
+
 def test_more_chips_never_need_more_memory_per_chip():
     c = small()
     needed = [closed_form.plan(c, cpus(n), {"data": 1, "fsdp": n}).memory for n in (1, 2, 4, 8)]
@@ -143,7 +166,7 @@ def test_what_the_wires_cannot_hide_is_waited_for():
         assert found
         return sum(o.total for o in found), sum(o.calls * o.seconds for o in found)
 
-    asynchronous = f"{closed_form.ASYNC}=true"
+    asynchronous = f"{volumes.ASYNC}=true"
     for layer in ("attention", "mlp"):
         waited, all_ = exposed("", "all-gather", layer)
         assert waited == all_ > exposed(asynchronous, "all-gather", layer)[0]

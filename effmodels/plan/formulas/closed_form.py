@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effmodels.models import mtp
+from effmodels.models.blocks import Run
 from effmodels.parallel import layouts, pipeline
 from effmodels.plan import budgets
 from effmodels.plan.formulas import abstract, closed_serving, liveness, torus, volumes
@@ -19,6 +20,7 @@ from effmodels.plan.records import Operation, Plan
 
 BASIS = "closed form"
 PARTS = ("mixer", "channel")
+AHEAD = "mtp.{}.layer"
 # Of the peak, forward and backward, as matmuls and what is fused with them came out in the programs of docs/plans; alone they reach 0.93.
 MATMUL = (0.91, 0.83)
 OPERANDS = 0.5  # of the time to move a matmul's operands and result is not hidden behind its arithmetic
@@ -28,8 +30,6 @@ HEAD = (0.88, 0.61)  # linear_cross_entropy, forward and backward, in useful FLO
 KERNELS = {"attention": (0.54, 0.45), "retention": (0.52, 0.46), "moe": (0.79, 0.76)}
 OTHER = (0.3, 0.3)
 HIDDEN = ("all-gather", "collective-permute")  # run beside the layers' work where there is enough of it; all others are waited for
-ASYNC = "xla_enable_async_all_gather"  # the compiler's option without which programs for ASYNC_CHIPS wait for what they gather
-ASYNC_CHIPS = ("v4",)
 BEFORE = 4  # passes over the residual stream before a layer's first matmul, behind which its weight is gathered
 
 
@@ -59,8 +59,6 @@ def price(run, topology, what="train", *, name=""):
         model, executed = run.cost.train_flops_per_token * c.seq_len * c.batch_size, work.executed()
         tokens, bubble, imbalance = c.seq_len * c.batch_size, work.bubble, work.imbalance
         notes += work.notes()
-        if mtp.check(c.model.mtp).depth:
-            notes.append("closed form: time and activations of the modules that predict further tokens (model.mtp) are not in it; compile")
     checkpoint = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(run.model.state)) if what == "train" else 0
     saving = budgets.saving(checkpoint, topology.hosts, asynchronous=c.checkpoint.mode != "sync")
     seconds = sum(o.total for o in operations)
@@ -87,8 +85,10 @@ class Work:
         # A kernel over a split sequence sees the keys of all shards, one row of one shard only its own.
         periods = self.periods if self.run.time == c.seq_len else self.footprint.traced(c.model.remat, c.seq_len)
         layers = sum(sum(p.flops) * r.repeats for r, p in zip(self.runs, periods)) * c.batch_size
-        layers += (3 + (c.model.remat != "none")) * self._image_flops()
-        return layers + liveness.head_flops(self.run.model.resolved, c.seq_len, self.chip) * c.batch_size
+        layers += (3 + (c.model.remat != "none")) * (self._image_flops() + self._join_flops())
+        ahead, number = self.footprint.ahead(c.model.remat, c.seq_len)
+        head = liveness.head_flops(self.run.model.resolved, c.seq_len, self.chip)
+        return layers + (number * sum(ahead.flops) + (1 + number) * head) * c.batch_size
 
     @property
     def bubble(self):
@@ -109,7 +109,7 @@ class Work:
         """The `Operation`s of one step in the order of execution, collectives beside the work of their phase."""
         found = []
         for phase in ("forward", "recomputed", "backward", "update"):
-            work = [*self._images(phase), *self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
+            work = [*self._beside(phase), *self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
             free = sum(o.total for o in work)
             found += [o for o in work if o.seconds]
             for v in volumes.volumes(self.run):
@@ -130,17 +130,13 @@ class Work:
         Sums are waited for. So is the first weight that a mixer gathers, but for the norm before it: a program gathers what a layer needs
         while that layer runs, not earlier.
         """
-        if v.collective not in HIDDEN or v.collective == "all-gather" and not self._asynchronous:
+        if v.collective not in HIDDEN or v.collective == "all-gather" and not volumes.asynchronous(self.run):
             return 0.0
         mixers = {volumes.label(part) for part, _ in volumes.parts(self.run, "mixer")}
         if v.collective == "all-gather" and v.layer in mixers and v.phase != "update":
             before = BEFORE * self.footprint.stream() / (self.chip.bandwidth * HBM)
             return seconds - max(0.0, seconds / v.pieces - before)
         return seconds
-
-    @property
-    def _asynchronous(self):
-        return self.chip.name not in ASYNC_CHIPS or bool(self.run.config.train.compiler_options.get(ASYNC))
 
     def _operands(self, prefix):
         """Bytes that the matmuls with the weights under this path read and write in one call, on one chip."""
@@ -154,13 +150,21 @@ class Work:
                 total += run.rows * run.time * (into + out) + into * out
         return total * self.compute / run.size(run.over("act_heads", "act_mlp"))
 
+    def _groups(self):
+        """(Run, Period, how often a chip runs it in a step, where its parameters are) of all layers, those of `model.mtp` last."""
+        run = self.run
+        for index, (r, period) in enumerate(zip(self.runs, self.periods)):
+            number = volumes.in_a_call(run, r.repeats) * volumes.calls(run) if r.repeats > 1 else run.micro_batches
+            yield r, period, number, f"segments.{index}.blocks.{{}}"
+        period, number = self.footprint.ahead(run.config.model.remat, run.time)
+        if number:
+            yield Run(run.config.model.num_layers, (run.model.resolved.ahead,), number), period, number * run.micro_batches, AHEAD
+
     def _layers(self, phase):
         run, c = self.run, self.run.config
-        calls = volumes.calls(run)
-        idle = 1 / (1 - self.bubble)
-        for index, (r, period) in enumerate(zip(self.runs, self.periods)):
-            number = max(1, r.repeats // run.stages) * calls if r.repeats > 1 else calls
-            places = {getattr(kind, name): f"segments.{index}.blocks.{i}.{name}." for i, kind in enumerate(r.kinds) for name in PARTS}
+        for r, period, number, where in self._groups():
+            idle = 1 / (1 - self.bubble) if r.repeats > 1 and where != AHEAD else 1
+            places = {getattr(kind, name): f"{where.format(i)}.{name}." for i, kind in enumerate(r.kinds) for name in PARTS}
             for part, count in collections.Counter(getattr(kind, name) for kind in r.kinds for name in PARTS).items():
                 moved = OPERANDS * self._operands(places[part])
                 cost = part.cls.cost(part.config, run.model.resolved.env, c.seq_len, self.compute)
@@ -174,7 +178,7 @@ class Work:
                 for what, flops, share, efficiency, bytes_ in kinds:
                     each = share * flops * r.repeats * c.batch_size / run.chips / number
                     seconds = each / (self.chip.flops * efficiency) + share * bytes_ / self.chip.bandwidth
-                    seconds *= idle if r.repeats > 1 else 1
+                    seconds *= idle
                     yield Operation(
                         name=f"{part.name} {what}", kind=what, calls=number * count, seconds=seconds, basis=BASIS, flops=each,
                         layer=volumes.label(part), phase=phase,
@@ -186,17 +190,24 @@ class Work:
         work = None if media is None else media.work(c.model.d_model)
         return 0.0 if work is None else (work.flops + work.flops_per_token * c.seq_len) * c.batch_size
 
-    def _images(self, phase):
+    def _join_flops(self):
+        """FLOPs of a step, forward, that join hidden states with embeddings of further tokens (`model.mtp`)."""
+        c, ahead = self.run.config, mtp.check(self.run.config.model.mtp)
+        return ahead.depth * (ahead.form == "sequential") * 2 * 2 * c.model.d_model**2 * c.seq_len * c.batch_size
+
+    def _beside(self, phase):
+        """Matmuls outside the layers."""
         m, again = self.run.micro_batches, self.run.config.model.remat != "none"
         share = {"forward": 1, "recomputed": again, "backward": 2}.get(phase, 0)
-        each = share * self._image_flops() / self.run.chips / m
-        seconds = each / (self.chip.flops * MATMUL[phase == "backward"])
-        yield Operation(name="images", kind="matmul", calls=m, seconds=seconds, basis=BASIS, flops=each, layer="images", phase=phase)
+        for name, flops in (("images", self._image_flops()), ("mtp", self._join_flops())):
+            each = share * flops / self.run.chips / m
+            seconds = each / (self.chip.flops * MATMUL[phase == "backward"])
+            yield Operation(name=name, kind="matmul", calls=m, seconds=seconds, basis=BASIS, flops=each, layer=name, phase=phase)
 
     def _head(self, phase):
-        c, m = self.run.config, self.run.micro_batches
+        c, m = self.run.config, self.run.micro_batches * (1 + mtp.check(self.run.config.model.mtp).depth)
         share = {"forward": 2, "backward": 4}.get(phase, 0)
-        each = share * c.model.vocab_size * c.model.d_model * c.seq_len * c.batch_size / self.run.chips / m
+        each = share * c.model.vocab_size * c.model.d_model * c.seq_len * c.batch_size / self.run.chips / self.run.micro_batches
         seconds = each / (self.chip.flops * HEAD[phase == "backward"])
         yield Operation(name="head and loss", kind="kernel", calls=m, seconds=seconds, basis=BASIS, flops=each, layer="head", phase=phase)
 
@@ -206,8 +217,7 @@ class Work:
         again = run.config.model.remat != "none"
         share = {"forward": 1 / 3, "recomputed": again / 3, "backward": 2 / 3}.get(phase, 0)
         found = []
-        for r, period in zip(self.runs, self.periods):
-            number = max(1, r.repeats // run.stages) * volumes.calls(run) if r.repeats > 1 else run.micro_batches
+        for _, period, number, _ in self._groups():
             moved = sum(a.passes * self.footprint.nbytes(a) for a in period.working if not a.weight)
             found.append(("elementwise", "", number, share * moved))
         if phase in ("forward", "backward") or again and phase == "recomputed":

@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from effmodels.parallel import axes
-from effmodels.plan.formulas import decoding, torus
+from effmodels.parallel import axes, exchange, expert
+from effmodels.plan.formulas import decoding, torus, volumes
 from effmodels.plan.records import Memory, Operation
 from effmodels.train import placement
 
@@ -24,12 +24,16 @@ def price(run, what):
     state = decoding.local_bytes(held, served.sizes, served.rules)
     tokens = c.seq_len if what == "prefill" else 1
     flops = (run.cost.prefill_flops_per_token if what == "prefill" else run.cost.decode_flops_per_token) * tokens * c.batch_size
+    cast = _cast(served, rate)
     stream = c.batch_size / rows * tokens * c.model.d_model * rate
     memory = Memory(
         available=chip.hbm, parameters=parameters, buffers=served.bytes("buffers"), activations=state,
-        temporaries=int(_cast(served, rate) + 6 * stream), program=0,
+        temporaries=int(cast + 6 * stream), program=0,
     )  # fmt: skip
-    read = parameters + (state if what == "decode" else 0)
+    # Of the embedding single rows are read. The copies are written, and then they are read.
+    table = served.shardings.params["embed"].shard_shape(served.model.state.params["embed"].shape)
+    looked_up = 0 if c.model.tie_embeddings else math.prod(table) * jnp.dtype(c.model.param_dtype).itemsize
+    read = parameters - looked_up + 2 * cast + (state if what == "decode" else 0)
     work = flops / run.chips / (chip.flops * PREFILL)
     seconds = work if what == "prefill" else max(work, read / (chip.bandwidth * DECODE))
     kind = "matmul" if what == "prefill" or seconds == work else "memory"
@@ -52,14 +56,19 @@ def _served(run):
 
 
 def _cast(run, itemsize):
-    """Bytes of the weights in the compute dtype where they are stored in another."""
-    return run.bytes("params", itemsize) if jnp.dtype(run.config.model.param_dtype).itemsize != itemsize else 0
+    """Bytes of the copies of weights in the compute dtype: those that a loop over layers uses have one, others are cast when read."""
+    total = 0
+    for path, array in run.model.state.params.items():
+        place = volumes.PLACE.match(path)
+        if place and run.model.segments[int(place[1])][2] > 1 and array.dtype.itemsize != itemsize:
+            total += math.prod(run.shardings.params[path].shard_shape(array.shape)) * itemsize
+    return total
 
 
 def _travel(run, stream, itemsize):
     """(axes, collective, bytes that one chip sends): weights over the axes that split rows too, sums of activations over the others."""
     rows = run.over("batch")
-    gathered, sums = {}, 0
+    gathered = {}
     for path, sharding in run.shardings.params.items():
         split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
         over = tuple(a for a in split if a in rows and a not in run.over("expert"))
@@ -67,7 +76,24 @@ def _travel(run, stream, itemsize):
             local = math.prod(sharding.shard_shape(run.model.state.params[path].shape))
             gathered[over] = gathered.get(over, 0) + local * itemsize * (run.size(over) - 1)
     yield from ((over, "all-gather", size) for over, size in gathered.items())
-    tensor = run.over("act_heads")
-    if tensor:
-        sums = 2 * len(run.model.resolved.layers)
+    tensor, layers = run.over("act_heads"), run.model.resolved.layers
+    if tensor:  # of every mixer, channel mixer, and shared expert; of the lookup in a table whose vocabulary is split
+        mixtures = [kind.channel for kind in layers if kind.channel.cls.reports_load]
+        shared = sum(bool(getattr(part.config, "shared_experts", 0)) for part in mixtures)
+        sums = 2 * len(layers) + shared + bool(run.over("vocab"))
         yield tensor, "all-reduce", 2 * sums * stream * (run.size(tensor) - 1) / run.size(tensor)
+    if volumes.travels(run):
+        yield from _exchanged(run, stream, [kind.channel for kind in layers if kind.channel.cls.reports_load])
+
+
+def _exchanged(run, stream, mixtures):
+    """Rows to their experts with their weights, back, and the counts of rows."""
+    over, n = run.over("expert"), run.size(run.over("expert"))
+    padded = run.options.experts == "padded" or run.options.experts == "auto" and run.platform == "cpu"
+    tokens, width = stream // run.config.model.d_model // jnp.dtype(run.config.model.compute_dtype).itemsize, run.config.model.d_model
+    for part in mixtures:
+        k, number = part.config.top_k, part.config.num_experts
+        rows = n * exchange.pair_rows(int(tokens), 1, k, number, n) if padded else tokens * k
+        row = 2 * width * jnp.dtype(run.config.model.compute_dtype).itemsize + 4 * expert.LANES
+        yield over, "all-to-all" if padded else "ragged-all-to-all", rows * row * (n - 1) / n
+        yield over, "all-to-all", 4 * number * (n - 1)

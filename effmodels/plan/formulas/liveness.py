@@ -35,6 +35,10 @@ FUSED = frozenset(
 # each that it writes; what moves rows reads as much as it writes and reaches 0.4 of the bandwidth (gathers of a MoE's program for TPU v4).
 FUSION, MOVEMENT = 2.5, 5.0
 MOVES = frozenset(("gather", "scatter", "scatter-add", "scatter_add", "sort", "top_k"))
+# The same array under another name: of the sum that is the residual stream's gradient, matmuls read one, the next layer another.
+RENAMES = frozenset(("expand_dims", "name", "optimization_barrier", "pvary", "reshape", "sharding_constraint", "squeeze"))
+# Fused with what makes their operand, but their result is an array: who reads it later (a norm's scale, at the end) holds that alone.
+SUMS = frozenset(("reduce_max", "reduce_min", "reduce_sum"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Array:
     """An array of one row: alive from the `birth`-th to the `death`-th operation.
 
     weight: it has the shape of a parameter. passes: over memory that making it takes, FUSION or MOVEMENT; 0 for matmuls and kernels.
+    ahead: made again for the gradients, and there before the first of them.
     """
 
     shape: tuple
@@ -50,11 +55,12 @@ class Array:
     birth: int = 0
     death: int = 0
     passes: float = 0.0
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Period:
-    """kept: what waits for the backward pass, from every repeat of the period. working: what lives while the backward pass of one runs.
+class Layer:
+    """kept: what waits for the backward pass. working: what lives while the backward pass of this layer runs.
 
     flops: executed for one row, forward and backward with what is recomputed. products: those of the matmuls outside kernels, alike.
     """
@@ -64,15 +70,13 @@ class Period:
     flops: tuple
     products: tuple
 
-    @property
-    def recomputed(self):
-        """The share of the forward pass's matmuls that the backward pass runs again."""
-        forward, backward = self.products
-        return min(1.0, max(0.0, backward / forward - 2)) if forward else 0.0
-
     def kept_bytes(self, nbytes):
         """nbytes: function of an Array, its bytes on one chip."""
         return sum(nbytes(a) for a in self.kept)
+
+    def ahead_bytes(self, nbytes):
+        """What is made again before the first gradient."""
+        return sum(nbytes(a) for a in self.working if a.ahead)
 
     def working_bytes(self, nbytes):
         """The most that lives at once."""
@@ -88,6 +92,56 @@ class Period:
         return most
 
 
+@dataclasses.dataclass(frozen=True)
+class Period:
+    """rows: (Layer, how many such layers in a row are a loop). kept, working, flops, products: as of a Layer, of all of them."""
+
+    rows: tuple
+
+    @property
+    def layers(self):
+        return tuple(layer for layer, number in self.rows for _ in range(number))
+
+    @property
+    def kept(self):
+        return tuple(a for layer in self.layers for a in layer.kept)
+
+    @property
+    def working(self):
+        return tuple(a for layer in self.layers for a in layer.working)
+
+    @property
+    def flops(self):
+        return tuple(sum(layer.flops[i] for layer in self.layers) for i in (0, 1))
+
+    @property
+    def products(self):
+        return tuple(sum(layer.products[i] for layer in self.layers) for i in (0, 1))
+
+    @property
+    def recomputed(self):
+        """The share of the forward pass's matmuls that the backward pass runs again."""
+        forward, backward = self.products
+        return min(1.0, max(0.0, backward / forward - 2)) if forward else 0.0
+
+    def kept_bytes(self, nbytes):
+        """nbytes: function of an Array, its bytes on one chip."""
+        return sum(number * layer.kept_bytes(nbytes) for layer, number in self.rows)
+
+    def working_bytes(self, nbytes, repeated):
+        """The most that lives at once in the backward pass of the period, one layer after the other from the last on.
+
+        What layers make again waits for no gradient, and compilers make it before the gradients of the layers behind; not across the end of
+        a loop. repeated: the period is a loop itself; then a loop inside it works on a copy of what its layers kept.
+        """
+        found, before = [], 0
+        for layer, number in self.rows:
+            copied = number * layer.kept_bytes(nbytes) if repeated and number > 1 else 0
+            found.append(layer.working_bytes(nbytes) + copied + before)
+            before = before + layer.ahead_bytes(nbytes) if number == 1 else 0
+        return max(found)
+
+
 @contextlib.contextmanager
 def single(chip):
     """A mesh of one device of this chip in force: layers are traced as on a mesh, kernels as on the chip."""
@@ -98,40 +152,45 @@ def single(chip):
         yield
 
 
-@functools.lru_cache(256)
 def period(resolved, kinds, remat, time, chip):
     """The `Period` of these LayerKinds under a remat policy, for one row of `time` tokens on a `Chip`."""
+    found = []
+    for kind in kinds:
+        alike = resolved.config.scan_neighbours and found and found[-1][0] == kind
+        found[-1:] = [(kind, found[-1][1] + 1)] if alike else [*found[-1:], (kind, 1)]
+    return Period(tuple((layer(resolved, kind, remat, time, chip), number) for kind, number in found))
+
+
+@functools.lru_cache(256)
+def layer(resolved, kind, remat, time, chip):
+    """The `Layer` of a LayerKind, as `period`."""
     c = resolved.config
-    blocks = [nnx.eval_shape(functools.partial(_block, kind, resolved)) for kind in kinds]
-    graphs, states = zip(*(nnx.split(b) for b in blocks))
+    graph, state = nnx.split(nnx.eval_shape(functools.partial(_block, kind, resolved)))
     x = jax.ShapeDtypeStruct((1, time, c.d_model), jnp.dtype(c.compute_dtype))
     index = jax.ShapeDtypeStruct((1, time), jnp.int32)
-    weights = {a.shape for a in jax.tree.leaves(states) if len(a.shape) > 1}
+    weights = {a.shape for a in jax.tree.leaves(state) if len(a.shape) > 1}
     weights = frozenset(weights | {(*s[:-1], 2 * s[-1]) for s in weights})  # gates and inputs of experts lie side by side in a product
     found = {}
 
-    def forward(states, x, ids):
-        def layers(states, x):
-            total = jnp.zeros((), jnp.float32)
-            for i, (graph, state) in enumerate(zip(graphs, states)):
-                ctx = Ctx(segment_ids_BT=ids, positions_BT=ids, layer=jnp.int32(i), memory=_images(resolved))
-                layer = stack.checkpointed(lambda state, x, graph=graph, ctx=ctx: nnx.merge(graph, state)(x, ctx), remat, in_scan=True)
-                x, aux = layer(state, x)
-                total += sum(aux.losses.values()) if aux is not None else 0.0
-            return x, total
+    def forward(state, x, ids):
+        ctx = Ctx(segment_ids_BT=ids, positions_BT=ids, layer=jnp.int32(0), memory=_images(resolved))
 
-        out, backward = jax.vjp(layers, states, x)
-        inputs = {id(v) for v in jax.tree.leaves((states, ids))}
+        def one(state, x):
+            x, aux = stack.checkpointed(lambda state, x: nnx.merge(graph, state)(x, ctx), remat, in_scan=True)(state, x)
+            return x, sum(aux.losses.values(), jnp.zeros((), jnp.float32)) if aux is not None else jnp.zeros((), jnp.float32)
+
+        out, backward = jax.vjp(one, state, x)
+        inputs = {id(v) for v in jax.tree.leaves((state, ids))}
         found["kept"] = list({id(v): v for v in jax.tree.leaves(backward) if id(v) not in inputs and hasattr(v, "shape")}.values())
         found["kept"] = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in found["kept"]]
         return out, backward
 
     with single(chip):
-        there, (out, backward) = jax.make_jaxpr(forward, return_shape=True)(states, x, index)
+        there, (out, backward) = jax.make_jaxpr(forward, return_shape=True)(state, x, index)
         back = jax.make_jaxpr(lambda backward, cotangents: backward(cotangents))(backward, out)
     kept = tuple(Array(a.shape, a.dtype.itemsize, a.shape in weights) for a in found["kept"])
     flops, products = (tuple(count(jaxpr.jaxpr) for jaxpr in (there, back)) for count in (lambda j: executed.flops(j)[0], _products))
-    return Period(kept, _working(back.jaxpr, weights), flops, products)
+    return Layer(kept, _working(back.jaxpr, weights, len(out)), flops, products)
 
 
 @functools.lru_cache(64)
@@ -170,10 +229,19 @@ def _products(jaxpr):
     return sum(2.0 * math.prod(avals[0].shape) * depth for name, _, _, avals, depth in steps if name == "dot_general")
 
 
-def _working(jaxpr, weights):
-    """The Arrays that live while the jaxpr runs; its inputs are somebody else's, gradients of weights leave at once."""
-    steps, outputs = [], []
-    _flatten(jaxpr, {v: ("in", id(v)) for v in (*jaxpr.invars, *jaxpr.constvars)}, steps, outputs)
+def _working(jaxpr, weights, cotangents=0):
+    """The Arrays that live while the jaxpr runs; its inputs are somebody else's, gradients of weights leave at once.
+
+    cotangents: how many of its last inputs are the gradients of the results.
+    """
+    steps, outputs, given = [], [], (*jaxpr.invars, *jaxpr.constvars)
+    _flatten(jaxpr, {v: ("in", id(v)) for v in given}, steps, outputs)
+    last = jaxpr.invars[len(jaxpr.invars) - cotangents :]
+    return _alive(steps, outputs, weights, {("in", id(v)) for v in last})
+
+
+def _alive(steps, outputs, weights, gradients):
+    """`_working` of the (primitive, inputs, results, avals, depth) of a jaxpr; gradients: the names of its inputs that are some."""
     needed, kept_steps = set(outputs), []
     for name, inputs, results, avals, _ in reversed(steps):
         if needed & set(results):
@@ -181,25 +249,40 @@ def _working(jaxpr, weights):
             kept_steps.append((name, inputs, results, avals))
     kept_steps.reverse()
     heavy = {v for name, inputs, _, _ in kept_steps if name not in FUSED for v in inputs}
-    sources, born, last = {}, {}, {}
+    for name, inputs, results, _ in reversed(kept_steps):
+        if name in RENAMES and heavy & set(results):
+            heavy |= set(inputs)
+    sources, born, last, uses, rearranged, gradients, first = {}, {}, {}, {}, set(), set(gradients), len(kept_steps)
     for t, (name, inputs, results, avals) in enumerate(kept_steps):
         behind = frozenset().union(*(sources.get(v, ()) for v in inputs)) if inputs else frozenset()
+        if gradients & set(inputs):
+            gradients |= set(results)
+            first = min(first, t)
         for result, aval in zip(results, avals):
-            made = name not in FUSED or (result in heavy and len(aval.shape) > 1)
+            made = name not in FUSED or name in SUMS or (name not in RENAMES and result in heavy and len(aval.shape) > 1)
             sources[result] = frozenset([result]) if made else behind
             if made:
                 born[result] = (t, aval, FUSION if name in FUSED else MOVEMENT if name in MOVES else 0.0)
+            if aval.shape in weights:  # so is what it was before its dims changed places
+                rearranged |= {result, *(behind if name in RENAMES or name == "transpose" else ())}
         for v in behind:  # an elementwise result takes the place of an array that nobody reads after it
             last[v] = t - (name in FUSED)
+            uses.setdefault(v, []).append(t)
     for v in outputs:
         for source in sources.get(v, ()):
-            if source in born and born[source][1].shape not in weights:
+            if source in born and source not in rearranged:
                 last[source] = len(kept_steps)
-    return tuple(
-        Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, aval.shape in weights, t, last.get(v, t), passes)
-        for v, (t, aval, passes) in born.items()
-        if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number)
-    )
+    found = []
+    for v, (t, aval, passes) in born.items():
+        if aval.size > 1 and jax.dtypes.issubdtype(aval.dtype, jnp.number):
+            death = last.get(v, t)
+            one = Array(tuple(aval.shape), jnp.dtype(aval.dtype).itemsize, v in rearranged, t, death, passes, t < first <= death)
+            again = [use for use in uses.get(v, ()) if use >= first]
+            if one.weight and one.ahead and again[0] > min(uses[v]):  # it is not held meanwhile, but gathered or cast again
+                found.append(dataclasses.replace(one, death=max(use for use in uses[v] if use < first), ahead=False))
+                one = dataclasses.replace(one, birth=again[0], passes=0.0)
+            found.append(one)
+    return tuple(found)
 
 
 def _flatten(jaxpr, names, steps, outputs=None):

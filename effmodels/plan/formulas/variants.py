@@ -12,7 +12,7 @@ from flax.core import freeze
 
 from effmodels.parallel import axes
 from effmodels.plan.formulas import abstract
-from effmodels.plan.formulas.closed_form import ASYNC, ASYNC_CHIPS
+from effmodels.plan.formulas.volumes import ASYNC, ASYNC_CHIPS
 
 LARGEST_TENSOR = 16
 LONG_ROWS = 32_768  # tokens from which on a split sequence is tried unasked

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from effmodels.channel.moe import capacity
 from effmodels.config import named_remat
-from effmodels.parallel import axes, exchange, layouts, pipeline
+from effmodels.models import mtp
+from effmodels.parallel import axes, exchange, expert, layouts, pipeline
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
-_PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
-GRADIENT_OVERHEAD = 1.03  # scattered gradients are padded where a fusion's pieces overlap: 1 to 5 % in programs for TPU v4
-PIPED_OVERHEAD = 1.5  # in a pipeline the compiler sums some gradients whole instead: half of them in the one program looked at
+ASYNC = "xla_enable_async_all_gather"  # the compiler's option without which programs for ASYNC_CHIPS wait for what they gather
+ASYNC_CHIPS = ("v4",)
+PLACE = re.compile(r"segments\.(\d+)\.blocks\.(\d+)\.(mixer|channel)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,16 @@ def calls(run):
     return pipeline.schedule(run.stages, run.micro_batches, run.options.rounds).ticks
 
 
+def in_a_call(run, repeats):
+    """How many of a segment's repeats a chip runs at each of the `calls`: all, or those of one stage and round."""
+    return max(1, repeats // (run.stages * (run.options.rounds if run.stages > 1 else 1)))
+
+
+def asynchronous(run):
+    """Whether the program runs its gathers beside other work."""
+    return run.topology.chip.name not in ASYNC_CHIPS or bool(run.config.train.compiler_options.get(ASYNC))
+
+
 def recomputes(run, name):
     """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
     remat = run.config.model.remat
@@ -71,63 +82,88 @@ def _weights(run):
     c, rows = run.config.model, run.over("batch", "seq")
     compute, state = jnp.dtype(c.compute_dtype).itemsize, run.model.state.params
     for path, array in state.items():
-        sharding, info, place = run.shardings.params[path], run.model.infos[path], _PLACE.match(path)
+        sharding, info, place = run.shardings.params[path], run.model.infos[path], PLACE.match(path)
         split = tuple(a for part in sharding.spec for a in axes.as_tuple(part) if run.sizes[a] > 1)
         experts = "expert" in info.batch_dims
         stay = run.over("expert") if experts and travels(run) else ()  # their tokens come to them
         gathered = tuple(a for a in split if a in rows and a not in stay)
         summed = tuple(a for a in rows if a not in split)
-        layer, repeats, piped = _owner(run, place, path), 1, False
+        layer, held, each_call = _owner(run, place, path), 1, 1
         if place:
-            start, period, repeats = run.model.segments[int(place[1])]
-            piped = run.stages > 1 and repeats > 1
-            repeats //= run.stages if piped else 1
-        each = math.prod(sharding.shard_shape(array.shape)) // repeats
+            _, _, repeats = run.model.segments[int(place[1])]
+            held, each_call = max(1, repeats // run.stages), in_a_call(run, repeats)
+        each = math.prod(sharding.shard_shape(array.shape)) // held
         g = run.size(gathered)
-        times = repeats * calls(run)
+        times = each_call * calls(run)
         if place is None and "vocab" in info.dim_names:
             yield from _table(run, path, each, gathered, summed)
             continue
-        # A layer's gradients use what its recomputation gathered; over a tick of a pipeline the compiler drops it.
-        again = ("recomputed",) if place and piped and run.config.model.remat != "none" else ()
-        for phase in ("forward", *again, "backward"):
+        # What makes a mixer's result again comes long before its gradients, and its weights are gathered for each where that runs in the
+        # background; those of a channel mixer, and all that are waited for, are gathered once for both.
+        again = place and place[3] == "mixer" and run.config.model.remat != "none" and recomputes(run, "embed") and asynchronous(run)
+        for phase in ("forward", *(("recomputed",) if again else ()), "backward"):
             yield Volume(gathered, "all-gather", each * compute * (g - 1), times, layer, phase)
         if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
-            yield from _rings(run, each * compute, gathered, summed, times, layer)
+            yield from _rings(run, path, each * compute, gathered, summed, times, layer)
             continue
-        if gathered and experts and run.options.gradient_rings:  # `parallel.scatter`: every ring scatters
-            yield Volume(gathered, "collective-permute", each * compute * (g - 1), times, layer, "backward")
+        if gathered and experts and run.options.gradient_rings:
+            yield from _scattered(run, each * compute * g, times, layer)
             continue
-        overhead = PIPED_OVERHEAD if piped else GRADIENT_OVERHEAD if place else 1.0
-        yield from _gradients(run, each * compute, gathered, summed, times, layer, overhead, experts)
+        # Inside their shard_map XLA scatters the sums of the matrices that rows enter, and not of those that they leave.
+        whole = bool(stay) and "expert_mlp" in info.in_dims
+        yield from _gradients(run, each * compute, gathered, summed, times, layer, whole)
 
 
-def _gradients(run, part, gathered, summed, times, layer, overhead=1.0, experts=False):
+def _scattered(run, whole, times, layer):
+    """`parallel.scatter`: of a gradient of `whole` bytes every ring begins with an equal part and goes on with what the others left.
+
+    Half of the ways sends once more than the ring has hops.
+    """
+    rings = [tuple(a for a in ring.split("+") if run.sizes[a] > 1) for ring in run.options.gradient_rings.replace(" ", "").split(",")]
+    rings = [ring for ring in rings if ring]
+    for first in range(len(rings)):
+        part = whole / len(rings)
+        for ring in (*rings[first:], *rings[:first]):
+            n = run.size(ring)
+            yield Volume(ring, "collective-permute", part * (n - 0.5) / n, times, layer, "backward")
+            part /= n
+
+
+def _gradients(run, part, gathered, summed, times, layer, whole=False):
     """The sum of a weight's gradients over the rows, of which every chip keeps `part` bytes (all of it where nothing is gathered).
 
     Seen in programs for TPU v4: groups in at most two dims of the torus scatter. Over all three dims the gradient is summed whole, with
-    ZeRO-1 over the replicas too; so is that of experts whose weights are split over several axes.
+    ZeRO-1 over the replicas too. whole: it is not scattered anyway.
     """
     joint = gathered + summed if run.options.zero1 and "data" in summed else gathered
     over = tuple(a for a in axes.MESH_AXES if a in joint)
     g, r, n = run.size(gathered), run.size(summed), run.size(over)
-    if gathered and run.platform == "tpu" and (torus.dims(n, run.topology) == 3 or experts and len(gathered) > 1):
+    if gathered and run.platform == "tpu" and (whole or torus.dims(n, run.topology) == 3):
         yield Volume(over, "all-reduce", 2 * part * g * (n - 1) / n, times, layer, "backward")
         summed = tuple(a for a in summed if a not in over)
         r = run.size(summed)
     else:
-        yield Volume(gathered, "reduce-scatter", part * (g - 1) * overhead, times, layer, "backward")
+        yield Volume(gathered, "reduce-scatter", part * (g - 1), times, layer, "backward")
     yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
 
 
-def _rings(run, part, gathered, summed, times, layer):
-    """`parallel.weight_ring`: as many hops as the first ring is long, then the sums over the other dims of the torus; of each in turn."""
+def _rings(run, path, part, gathered, summed, times, layer):
+    """`parallel.weight_ring`: as many hops as the first ring is long, then the sums over the other dims of the torus; of each in turn.
+
+    Then the sums over replicas: with ZeRO-1 each keeps a part, which XLA scatters where it is one of the first dim, and cuts out elsewhere.
+    """
     g, r = run.size(gathered), run.size(summed)
     dims, share = torus.rings(g, run.topology), 0.0
     for i in range(len(dims)):
         order = [*dims[i:], *dims[:i]]
         share += 1 + sum((order[j] - 1) / math.prod(order[: j + 1]) for j in range(1, len(order)))
     yield Volume(gathered, "collective-permute", part * g * share / len(dims), times, layer, "backward")
+    if run.options.zero1 and "data" in summed:
+        spec = axes.also_split(run.shardings.params[path], run.model.state.params[path].shape).spec
+        split = next((d for d, names in enumerate(spec) if "data" in axes.as_tuple(names)), None)
+        if split == (1 if run.model.infos[path].dim_names[0] == "layers" else 0):
+            yield Volume(summed, "reduce-scatter", part * (r - 1) / r, times, layer, "backward")
+            return
     yield Volume(summed, "all-reduce", 2 * part * (r - 1) / r, times, layer, "backward")
 
 
@@ -141,7 +177,7 @@ def _table(run, path, each, gathered, summed):
     gathers = slots if is_head else 1 + (slots if tied and slots > 1 else 0)
     yield Volume(gathered, "all-gather", each * compute * (g - 1), gathers, "head" if is_head else "embed", "forward")
     for layer, itemsize, used in (("embed", compute, not is_head), ("head", 4, is_head or tied)):
-        if used and run.stages > 1:  # each stage has micro-batches of its own, and gradients of the whole table are summed over all
+        if used and (run.stages > 1 or gathered and summed):  # of the whole table over all; each stage has micro-batches of its own
             over = tuple(a for a in axes.MESH_AXES if a in {*run.over("stage"), *gathered, *summed})
             n = run.size(over)
             yield Volume(over, "all-reduce", 2 * each * g * itemsize * (n - 1) / n, slots, layer, "backward")
@@ -163,7 +199,7 @@ def _activations(run):
     compute = jnp.dtype(c.compute_dtype).itemsize
     whole = run.rows * run.time * c.d_model * compute
     for index, (start, period, repeats) in enumerate(run.model.segments):
-        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        times = in_a_call(run, repeats) * calls(run) if repeats > 1 else run.micro_batches
         forward = []
         for place in range(period):
             kind = run.model.resolved.layers[start + place]
@@ -228,7 +264,10 @@ def pair_rows(run, config):
 
 
 def _experts(run):
-    """Rows to their experts and back: forward, recomputed, and their gradients."""
+    """Rows to their experts, with their weights, and back, the gradients of all that, and the counts of rows.
+
+    What a backward pass needs again is what arrived at the experts (`parallel.expert`).
+    """
     over, c = run.over("expert"), run.config.model
     for part, times in parts(run, "channel"):
         room = pair_rows(run, part.config) if part.cls.reports_load else None
@@ -237,8 +276,12 @@ def _experts(run):
         n, row = run.size(over), c.d_model * jnp.dtype(c.compute_dtype).itemsize
         rows = n * room[1] if room[0] == "padded" else run.rows * run.time * part.config.top_k
         kind = "all-to-all" if room[0] == "padded" else "ragged-all-to-all"
-        for phase in ("forward", *(("recomputed",) if run.config.model.remat != "none" else ()), "backward"):
-            yield Volume(over, kind, 2 * rows * row * (n - 1) / n, times, label(part), phase)
+        weights, again = 4 * expert.LANES, run.config.model.remat != "none"
+        there_and_back = 2 * row + weights
+        for phase, each in (("forward", there_and_back), ("recomputed", again * (row + weights)), ("backward", there_and_back)):
+            yield Volume(over, kind, rows * each * (n - 1) / n, times, label(part), phase)
+            if each and phase != "backward":
+                yield Volume(over, "all-to-all", 4 * part.config.num_experts * (n - 1), times, label(part), phase)
 
 
 def _sequence(run):
@@ -286,21 +329,30 @@ def _stages(run):
     if not over:
         return
     c = run.config.model
-    one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize
+    one = run.rows * run.time * c.d_model * jnp.dtype(c.compute_dtype).itemsize * run.size(run.over("seq")) / run.size(run.over("res_seq"))
+    compute, moved = jnp.dtype(c.compute_dtype).itemsize, run.options.rounds > 1  # layers to the stage of their round, gradients back
     for phase in ("forward", "backward"):
         yield Volume(over, "collective-permute", 3 * one, calls(run), "", phase)
+        for path, array in run.model.state.params.items():
+            place = PLACE.match(path) if moved else None
+            if place and run.model.segments[int(place[1])][2] > 1:
+                local = math.prod(run.shardings.params[path].shard_shape(array.shape))
+                yield Volume(over, "collective-permute", local * (compute if phase == "forward" else array.dtype.itemsize), 1, "", phase)
 
 
 def parts(run, name):
-    """(part, how often it runs in a step) of every place in every period."""
+    """(part, how often it runs in a step) of every place in every period, and of the modules that predict further tokens."""
     for start, period, repeats in run.model.segments:
-        times = max(1, repeats // run.stages) * calls(run) if repeats > 1 else run.micro_batches
+        times = in_a_call(run, repeats) * calls(run) if repeats > 1 else run.micro_batches
         for place in range(period):
             yield getattr(run.model.resolved.layers[start + place], name), times
+    modules = mtp.check(run.config.model.mtp).depth
+    if modules:
+        yield getattr(run.model.resolved.ahead, name), modules * run.micro_batches
 
 
 def _owner(run, place, path):
     if place is None:
-        return "embed" if path == "embed" else "head" if path == "head" else "norm"
+        return path if path in ("embed", "head") else "mtp" if path.startswith("mtp.") else "norm"
     start, _, _ = run.model.segments[int(place[1])]
     return label(getattr(run.model.resolved.layers[start + int(place[2])], place[3]))
