@@ -17,14 +17,14 @@ HARMLESS = frozenset(
 SIZES = frozenset(
     """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size moe_intermediate_size
     shared_expert_intermediate_size moe_shared_expert_intermediate_size num_local_experts n_routed_experts num_experts_per_tok
-    n_group topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window max_position_embeddings
+    n_group topk_group kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings
     n_embd n_layer n_head n_inner n_positions num_heads state_size n_groups conv_kernel conv_L_cache linear_num_key_heads
     linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim full_attention_interval layer_group_size
     group_norm_size rotary_dim decoder_embed_dim decoder_layers decoder_retention_heads decoder_value_embed_dim
     decoder_ffn_embed_dim""".split()
 )
 COUNTS = frozenset(
-    """num_experts first_k_dense_replace num_dense_layers decoder_sparse_step max_window_layers n_shared_experts
+    """num_experts first_k_dense_replace num_dense_layers decoder_sparse_step max_window_layers sliding_window n_shared_experts
     num_shared_experts""".split()
 )
 NUMBERS = frozenset(

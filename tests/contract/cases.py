@@ -54,11 +54,11 @@ MIXER_VARIANTS = {
         "first": {"num_heads": 4, "num_kv_heads": 2, "window": 2, "num_first": 2, "sinks": True, "soft_cap": 5.0},
         "every_strided_gate": {"num_heads": 2, "window": 2, "stride": 2, "globals": "every", "every": 3, "gate": True},
         "top_gate": {"num_heads": 2, "window": 1, "globals": "top", "top_block": 2, "top_ratio": 0.5, "gate": True},
-        "top_strided": {"num_heads": 2, "window": 2, "stride": 1, "globals": "top", "top_block": 3, "top_ratio": 0.34},
+        "top_strided": {"num_heads": 2, "window": 2, "stride": 1, "globals": "top", "top_block": 2, "top_ratio": 0.34},
     },
     "topk_sparse": {"gqa": {"num_heads": 4, "num_kv_heads": 2, "top_k": 3, "index_heads": 2, "index_dim": 6, "qk_norm": True}},
     "block_sparse": {
-        "gqa": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 3, "block": 3, "top_blocks": 1, "qk_norm": True},
+        "gqa": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 3, "block": 2, "top_blocks": 1, "qk_norm": True},
     },
     "gated_delta": {"grouped": {"num_heads": 2, "num_value_heads": 4, "head_dim": 5, "value_dim": 3, "conv_width": 3, "chunk": WINDOW}},
     "latent": {"deepseek": {"num_heads": 2, "rope_dim": 4, "value_dim": 3, "kv_rank": 12, "q_rank": 6, "rope_interleaved": True}},
