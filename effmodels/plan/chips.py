@@ -49,6 +49,7 @@ class Chip(Peak):
     devices_per_chip: int = 1
 
 
+HOST_BYTES = 8e9  # bytes/s between a chip and its host: a guess, four chips on one PCIe switch
 # ici: 45 GB/s a link and direction on v4 and v5e [assumed: 90 % of the 2,400 Gbit/s over six links and 1,600 over four that Google states];
 # v5p 4,800 Gbit/s over six, v6e 3,584 over four, 7x 9,600 over six, likewise 90 %.
 # dcn: 200 Gbit/s a host, 400 of v6e and 7x [assumed].

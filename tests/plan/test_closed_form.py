@@ -60,6 +60,21 @@ def test_the_state_is_what_training_holds(mesh, parallel):
     assert plan.checkpoint_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(setup.abstract_state))
 
 
+def test_what_waits_in_the_hosts_memory():
+    """It is what would be kept, leaves the chip's memory, and crosses to the host and back beside the work."""
+    plans = {}
+    for remat in ("save:kernel,embed", "save:kernel+offload:embed"):
+        c = small()
+        c.train.remat = remat
+        plans[remat] = closed_form.plan(c, cpus(8), {"data": 2, "fsdp": 4})
+    kept, sent = plans.values()
+    assert kept.offloaded_bytes == 0 < sent.offloaded_bytes
+    assert kept.memory.activations - sent.memory.activations == pytest.approx(sent.offloaded_bytes, rel=1e-3)
+    assert kept.executed_flops == sent.executed_flops
+    moves = {o.phase: o for o in sent.operations if o.name == "host's memory"}
+    assert all(o.calls == 1 and o.bytes == sent.offloaded_bytes and o.seconds < o.bytes / chips.HOST_BYTES for o in moves.values())
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_those_of_the_traced_step(remat):
     """Within 2 %, also what is recomputed. Without experts, whose rows the form for CPUs pads to blocks of more than this model has."""

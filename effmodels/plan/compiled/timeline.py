@@ -29,7 +29,6 @@ _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|Sli
 # 1.21 (tests/plan/test_calibration_models.py), attention kernels 1.05 to 1.12 (test_calibration.py). Estimates are always low: no launches,
 # no contention, nothing that throttles a chip.
 BANDS = {"v4": (1.05, 1.25)}
-HOST_BYTES = 8e9  # bytes/s between a chip and its host: a guess, four chips on one PCIe switch
 
 
 def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, wrap=None, filled=1.0) -> list[Operation]:
@@ -234,7 +233,7 @@ class _Player:
         """A copy in the background: to or from HBM at its bandwidth, twice that within HBM, slowly to the host's memory (space 5)."""
         ends = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", i.type)[:2]
         if any("S(5)" in end for end in ends):
-            return traffic.hbm_bytes(re.sub(r"S\(\d+\)", "", ends[-1])) / HOST_BYTES
+            return traffic.hbm_bytes(re.sub(r"S\(\d+\)", "", ends[-1])) / chips.HOST_BYTES
         size = traffic.hbm_bytes(re.sub(r"S\(\d+\)", "", ends[-1]))
         return size * sum(map(traffic.on_hbm, ends)) / self.chip.bandwidth
 

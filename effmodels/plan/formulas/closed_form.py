@@ -14,6 +14,7 @@ from effmodels.models import mtp
 from effmodels.models.blocks import Run
 from effmodels.parallel import layouts, pipeline
 from effmodels.plan import budgets
+from effmodels.plan.chips import HOST_BYTES
 from effmodels.plan.formulas import abstract, closed_serving, liveness, torus, volumes
 from effmodels.plan.formulas.footprint import Footprint
 from effmodels.plan.records import Operation, Plan
@@ -48,6 +49,7 @@ def price(run, topology, what="train", *, name=""):
         raise ValueError(f"what={what!r} is unknown; expected train, prefill or decode.")
     chip, c = topology.chip, run.config
     notes = ["closed form: nothing was compiled; memory within about 10 %, seconds are shares of the peak (no calibration on hardware)"]
+    offloaded = 0
     if what != "train":
         memory, operations, flops, more = closed_serving.price(run, what)
         notes += more
@@ -55,7 +57,7 @@ def price(run, topology, what="train", *, name=""):
         tokens, bubble, imbalance = c.batch_size * (c.seq_len if what == "prefill" else 1), 0.0, 0.0
     else:
         work = Work(run, chip)
-        memory, operations = work.footprint.memory(), work.operations()
+        memory, operations, offloaded = work.footprint.memory(), work.operations(), work.footprint.offloaded()
         model, executed = run.cost.train_flops_per_token * c.seq_len * c.batch_size, work.executed()
         tokens, bubble, imbalance = c.seq_len * c.batch_size, work.bubble, work.imbalance
         notes += work.notes()
@@ -65,7 +67,8 @@ def price(run, topology, what="train", *, name=""):
     return Plan(
         config=name, what=what, topology=topology.name, slices=topology.slices, chip=chip.name, chips=topology.chips, mesh=dict(run.sizes),
         method="fast", tokens=tokens, steps=c.steps if what == "train" else 1, model_flops=model, executed_flops=executed, memory=memory,
-        operations=operations, bubble=bubble, imbalance=imbalance, host_save_bytes=saving.host_bytes, checkpoint_bytes=checkpoint,
+        operations=operations, bubble=bubble, imbalance=imbalance, host_save_bytes=saving.host_bytes, offloaded_bytes=offloaded,
+        checkpoint_bytes=checkpoint,
         input_bytes_per_second=budgets.input_rate(tokens, seconds, c.model.vocab_size) if what == "train" else 0.0, notes=tuple(notes),
         versions={"jax": importlib.metadata.version("jax")}, peak_flops=chip.flops, bandwidth=chip.bandwidth,
     )  # fmt: skip
@@ -111,6 +114,7 @@ class Work:
         for phase in ("forward", "recomputed", "backward", "update"):
             work = [*self._beside(phase), *self._layers(phase), *self._head(phase), *self._between(phase), *self._optimizer(phase)]
             free = sum(o.total for o in work)
+            work += self._offloaded(phase, free)
             found += [o for o in work if o.seconds]
             for v in volumes.volumes(self.run):
                 if v.phase == phase:
@@ -123,6 +127,15 @@ class Work:
                         phase=phase,
                     ))  # fmt: skip
         return tuple(found)
+
+    def _offloaded(self, phase, free):
+        """The wait for what goes to the host's memory in the forward pass and comes back for the backward pass, beside `free` seconds."""
+        offloaded = self.footprint.offloaded() if phase in ("forward", "backward") else 0
+        if not offloaded:
+            return []
+        times = self.run.micro_batches if self.run.stages == 1 else 1
+        waited = max(0.0, times * offloaded / HOST_BYTES - free) / times
+        return [Operation(name="host's memory", kind="memory", calls=times, seconds=waited, basis=BASIS, bytes=offloaded, phase=phase)]
 
     def _hideable(self, v, seconds):
         """Of the seconds of a Volume, those that can pass while its layer works, where there is enough work.

@@ -72,6 +72,19 @@ class Footprint:
             temporaries=int(max(0, temporaries)), program=int(program if self.chip.platform == "tpu" else 0),
         )  # fmt: skip
 
+    def offloaded(self):
+        """Bytes that wait in the host's memory for the backward pass, for one chip."""
+        run, total = self.run, 0
+        for r, period in zip(self.runs, self.periods):
+            if run.stages == 1:
+                times = r.repeats
+            elif r.repeats == 1:
+                times = math.ceil(run.micro_batches / run.stages)
+            else:
+                times = volumes.calls(run) * volumes.in_a_call(run, r.repeats)
+            total += times * period.offloaded_bytes(self.nbytes)
+        return int(total)
+
     def nbytes(self, array):
         """Bytes of a `liveness.Array` on one chip."""
         return liveness.nbytes(array, self.run) * self._experts(array)

@@ -46,7 +46,7 @@ class Array:
     """An array of one row: alive from the `birth`-th to the `death`-th operation.
 
     weight: it has the shape of a parameter. passes: over memory that making it takes, FUSION or MOVEMENT; 0 for matmuls and kernels.
-    ahead: made again for the gradients, and there before the first of them.
+    ahead: made again for the gradients, and there before the first of them. host: waits in the host's memory (`offload:`).
     """
 
     shape: tuple
@@ -56,6 +56,7 @@ class Array:
     death: int = 0
     passes: float = 0.0
     ahead: bool = False
+    host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,11 @@ class Layer:
 
     def kept_bytes(self, nbytes):
         """nbytes: function of an Array, its bytes on one chip."""
-        return sum(nbytes(a) for a in self.kept)
+        return sum(nbytes(a) for a in self.kept if not a.host)
+
+    def offloaded_bytes(self, nbytes):
+        """What waits in the host's memory."""
+        return sum(nbytes(a) for a in self.kept if a.host)
 
     def ahead_bytes(self, nbytes):
         """What is made again before the first gradient."""
@@ -128,6 +133,9 @@ class Period:
         """nbytes: function of an Array, its bytes on one chip."""
         return sum(number * layer.kept_bytes(nbytes) for layer, number in self.rows)
 
+    def offloaded_bytes(self, nbytes):
+        return sum(number * layer.offloaded_bytes(nbytes) for layer, number in self.rows)
+
     def working_bytes(self, nbytes, repeated):
         """The most that lives at once in the backward pass of the period, one layer after the other from the last on.
 
@@ -181,14 +189,14 @@ def layer(resolved, kind, remat, time, chip):
 
         out, backward = jax.vjp(one, state, x)
         inputs = {id(v) for v in jax.tree.leaves((state, ids))}
-        found["kept"] = list({id(v): v for v in jax.tree.leaves(backward) if id(v) not in inputs and hasattr(v, "shape")}.values())
-        found["kept"] = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in found["kept"]]
+        kept = {id(v): v for v in jax.tree.leaves(backward) if id(v) not in inputs and hasattr(v, "shape")}.values()
+        found["kept"] = [(v.shape, v.dtype.itemsize, v.aval.memory_space == jax.memory.Space.Host) for v in kept]
         return out, backward
 
     with single(chip):
         there, (out, backward) = jax.make_jaxpr(forward, return_shape=True)(state, x, index)
         back = jax.make_jaxpr(lambda backward, cotangents: backward(cotangents))(backward, out)
-    kept = tuple(Array(a.shape, a.dtype.itemsize, a.shape in weights) for a in found["kept"])
+    kept = tuple(Array(shape, itemsize, shape in weights, host=host) for shape, itemsize, host in found["kept"])
     flops, products = (tuple(count(jaxpr.jaxpr) for jaxpr in (there, back)) for count in (lambda j: executed.flops(j)[0], _products))
     return Layer(kept, _working(back.jaxpr, weights, len(out)), flops, products)
 

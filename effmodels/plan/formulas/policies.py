@@ -2,7 +2,7 @@
 import math
 from time import monotonic
 
-from effmodels.config import REMAT, SAVE, SAVEABLE
+from effmodels.config import OFFLOAD, REMAT, SAVE, SAVEABLE
 from effmodels.plan.formulas import liveness
 
 USUAL = (("kernel",), ("kernel", "heads", "kv_heads", "embed"))  # what kernels return; all but the products inside MLPs
@@ -18,7 +18,7 @@ def policies(resolved, groups, time, chip, until=math.inf):
     def work_and_bytes(remat):
         """FLOPs of the backward pass and bytes that wait for it, of one row through all layers."""
         periods = [(liveness.period(resolved, kinds, remat, time, chip), repeats) for kinds, repeats in groups]
-        kept = (sum(math.prod(a.shape) * a.itemsize for a in p.kept) * repeats for p, repeats in periods)
+        kept = (sum(math.prod(a.shape) * a.itemsize for a in p.kept if not a.host) * repeats for p, repeats in periods)
         return sum(p.flops[1] * repeats for p, repeats in periods), sum(kept)
 
     (most, least), worth = work_and_bytes("full"), {}
@@ -29,5 +29,8 @@ def policies(resolved, groups, time, chip, until=math.inf):
         if work < most:
             worth[name] = (most - work) / max(1, kept - least)
     ranked = sorted(worth, key=worth.get, reverse=True)
-    lists = (*USUAL, *(ranked[: k + 1] for k in range(len(ranked))))
-    return tuple(dict.fromkeys((*REMAT, *(SAVE + ",".join(sorted(names, key=SAVEABLE.index)) for names in lists))))
+    lists = [sorted(names, key=SAVEABLE.index) for names in (*USUAL, *(ranked[: k + 1] for k in range(len(ranked))))]
+    # What kernels return is the dearest to make and stays; the rest of the longest lists may wait in the host's memory.
+    to_host = [[name for name in names if name != "kernel"] for names in (lists[1], lists[-1])]
+    offloaded = [f"{SAVE}kernel+{OFFLOAD}{','.join(names)}" for names in to_host if names]
+    return tuple(dict.fromkeys((*REMAT, *(SAVE + ",".join(names) for names in lists), *offloaded)))
