@@ -47,7 +47,7 @@ class Bounds:
     most_loss: float
 
 
-BOUNDS = {"float32": Bounds(1e-5, 1e-5, 2.0**-21, 10.0, 1e-2, 1e-4), "bfloat16": Bounds(1e-2, 0.05, 2.0**-8, 3.0, 0.5, 2e-2)}
+BOUNDS = {"float32": Bounds(1e-5, 1e-5, 2.0**-21, 20.0, 1e-2, 1e-4), "bfloat16": Bounds(1e-2, 0.05, 2.0**-8, 3.0, 0.5, 2e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
