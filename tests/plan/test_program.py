@@ -184,8 +184,10 @@ def test_parameters_that_do_not_fit(folder):
     assert not found.fits and found.memory.total > 4 * 64 * GIB and found.memory.available == pytest.approx(chips.get("v4").hbm, rel=1e-3)
     over = (found.memory.total - found.memory.available) / GIB
     assert f"{over:.2f} GiB over the 30.75 GiB of a chip: " in found.out_of_memory and "Ran out of memory" in found.out_of_memory
-    assert found.largest[0] == ("parameters: float32[33554432, 512] embed", 64 * GIB) and len(found.largest) == 5
-    assert {what.rpartition(" ")[0].split("[")[0] for what, _ in found.largest[1:3]} == {"optimizer: float32"}
+    # A compiler that gives up late also names what the step would make.
+    held = [row for row in found.largest if row[0].startswith(("parameters: ", "optimizer: "))]
+    assert held[0] == ("parameters: float32[33554432, 512] embed", 64 * GIB) and len(found.largest) == 5, found.largest
+    assert {what.rpartition(" ")[0].split("[")[0] for what, _ in held[1:3]} == {"optimizer: float32"}
 
 
 @pytest.mark.aot
