@@ -246,8 +246,7 @@ class Run:
             if source:
                 from effmodels.train import start_from  # imports interop, which few runs need
 
-                places = setup.shardings.params, setup.shardings.buffers
-                state = setup.state_of(*start_from.weights(source, setup.model, self.config.model, places))
+                state = setup.state_of(*start_from.weights(source, setup))
             else:
                 state = setup.init_state()
             jax.block_until_ready(state.step)

@@ -30,28 +30,28 @@ def merged(given, theirs):
     return {**plain(theirs), **{name: given[name] for name in RUNNING if name in given}}
 
 
-def weights(folder, model, config, places):
-    """(params, buffers), by path, of `folder` for an abstract Decoder `model` of this ModelConfig.
+def weights(folder, setup):
+    """(params, buffers), by path, of `folder` for the model and on the mesh of a `setup.Setup`.
 
-    places: (shardings of params, of buffers) by path. Raises ConfigError, InteropError or CheckpointError for weights of another model.
+    Raises ConfigError, InteropError or CheckpointError for weights of another model.
     """
-    folder = _folder(folder)
+    folder, config = _folder(folder), setup.config.model
     if not (folder / RUN_FILE).exists():
-        mesh = next((s.mesh for s in places[0].values() if hasattr(s, "mesh")), None)
         overrides = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-        loaded, _ = interop.load_pretrained(str(folder), dtype=config.param_dtype, mesh=mesh, overrides=overrides)
+        loaded, _ = interop.load_pretrained(str(folder), dtype=config.param_dtype, mesh=setup.mesh, rules=setup.rules, overrides=overrides)
         return model_state.split(loaded)[1:]
-    checkpoints = Checkpointer(folder / "checkpoints", log=print)
+    checkpoints = Checkpointer(folder / "checkpoints", log=setup.log)
     if checkpoints.latest() is None:
         raise ConfigError(f"start_from: {folder} has no checkpoint yet; let experiments.train reach its first save.")
     # Read in the dtype that they were written in.
     theirs = ModelConfig.from_mapping(described(folder)[0])
     abstract = nnx.eval_shape(functools.partial(_build, dataclasses.replace(config, param_dtype=theirs.param_dtype)), jax.random.key(0))
+    places = setup.shardings.params, setup.shardings.buffers
     arrays = [
         {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where[p]) for p, a in part.items()}
         for part, where in zip(model_state.split(abstract)[1:], places)
     ]
-    params, buffers, _ = checkpoints.restore_model(*arrays, manifest=model_state.manifest(model))
+    params, buffers, _ = checkpoints.restore_model(*arrays, manifest=setup.names)
     checkpoints.close()
     return params, buffers
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from configs import quickstart
 from effmodels import interop
@@ -14,6 +15,7 @@ from effmodels.config import ConfigError, ModelConfig
 from effmodels.models import Decoder
 from effmodels.models import state as model_state
 from effmodels.train import start_from
+from effmodels.train.checkpoint import CheckpointMismatch
 from effmodels.train.loop import Run, train
 from effmodels.train.restore import load_run
 
@@ -54,8 +56,7 @@ def params_of(model):
 def started(c, folder, devices=None):
     """(canonical parameters, state) before the first step."""
     begun = Run(c, folder, lambda _: None, devices, start=False)
-    places = begun.setup.shardings.params, begun.setup.shardings.buffers
-    state = begun.setup.state_of(*start_from.weights(begun.config.start_from, begun.setup.model, begun.config.model, places))
+    state = begun.setup.state_of(*start_from.weights(begun.config.start_from, begun.setup))
     graphdef = model_state.split(begun.setup.model)[0]
     return params_of(model_state.merge(graphdef, state.params, state.buffers)), state
 
@@ -79,15 +80,32 @@ def test_weights_of_another_dtype_are_cast(corpus, run, tmp_path):
     assert any(a.dtype == jax.numpy.bfloat16 for a in got.values())
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "twice"])
-def test_a_hugging_face_folder_by_command(corpus, tmp_path, again):
-    """The model is the folder's; --config.model fields and --rope_scaling go on top; the second time the run resumes."""
+def hub(folder):
+    """A Hugging Face folder of a small Llama."""
     llama = ModelConfig(
         vocab_size=300, d_model=24, num_layers=3, mixers={"attention": {"num_heads": 4, "num_kv_heads": 2}},
         channels={"mlp": {"hidden": 40}}, tie_embeddings=True,
     )  # fmt: skip
-    source = tmp_path / "hub"
-    interop.save_pretrained(Decoder(llama, rngs=nnx.Rngs(0)), source, model_type="llama")
+    interop.save_pretrained(Decoder(llama, rngs=nnx.Rngs(0)), folder / "hub", model_type="llama")
+    return folder / "hub"
+
+
+def test_a_hugging_face_folder_onto_a_mesh_under_other_rules(corpus, tmp_path):
+    source = hub(tmp_path)
+    given = config(corpus, **{"start_from": str(source), "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "rules.embed": "data"})
+    model = start_from.merged(given.model.to_dict(), start_from.described(source)[0])
+    with given.unlocked():
+        given.model = ConfigDict(model)
+    got, state = started(given, tmp_path / "next")
+    for name, array in params_of(interop.load_pretrained(source)[0]).items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert "data" in str(state.params["embed"].sharding.spec)
+
+
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "twice"])
+def test_a_hugging_face_folder_by_command(corpus, tmp_path, again):
+    """The model is the folder's; --config.model fields and --rope_scaling go on top; the second time the run resumes."""
+    source = hub(tmp_path)
     command = [
         sys.executable, "-m", "experiments.train", "--config=configs/quickstart.py:test", f"--start_from={source}",
         f"--workdir={tmp_path / 'tuned'}", "--config.steps=2", f"--config.data.paths=('{corpus}',)", "--config.data.holdout=0.2",
@@ -116,5 +134,5 @@ def test_mistakes(corpus, run, tmp_path):
     (tmp_path / "empty" / "run.json").write_text((run / "run.json").read_text())
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         started(config(corpus, start_from=str(tmp_path / "empty")), tmp_path / "a", ONE)
-    with pytest.raises(Exception, match="d_model|shape|width|another model|layers"):
+    with pytest.raises(CheckpointMismatch, match="embed"):
         started(config(corpus, **{"start_from": str(run), "model.d_model": 48}), tmp_path / "b", ONE)
