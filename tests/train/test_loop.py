@@ -23,15 +23,6 @@ from tests.numerics import assert_close
 ONE = jax.devices()[:1]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of small sources and a data cache, shared by the module."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        (folder / f"f{i}.py").write_text("\n".join(f"def f{j}(x):\n    return x * {j} + {i}" for j in range(40)))
-    return folder
-
-
 @pytest.fixture
 def config(corpus, tmp_path_factory):
     """Six steps of the quickstart's small form."""

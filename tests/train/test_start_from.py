@@ -22,14 +22,6 @@ from effmodels.train.restore import load_run
 ONE = jax.devices()[:1]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(20):
-        (folder / f"f{i}.py").write_text("\n".join(f"def f{j}(x):\n    return x * {j} + {i}" for j in range(40)))
-    return folder
-
-
 def config(corpus, **fields):
     c = quickstart.get_config("test")
     c.data.paths, c.data.holdout, c.data.cache_dir = (str(corpus),), 0.2, str(corpus.parent / "cache")
