@@ -8,7 +8,6 @@ RetNet (arXiv:2307.08621) eq. 7, with any decay and with packed segments:
 Every exponent is a sum of log decays g <= 0 of the tokens between, added up as such and never a difference of two cumulative
 sums: nothing overflows, and a strong decay beside a weak one costs no digits.
 """
-import functools
 from typing import NamedTuple
 
 import jax
@@ -41,18 +40,29 @@ def retain(q_BTNH, k_BTNH, v_BTNP, log_decay, initial_state, segment_ids, chunk_
     by_token = {"q": q_BTNH, "k": k_BTNH, "v": v_BTNP}
     by_token |= {"segments": segment_ids} if segment_ids is not None else {}
     by_token |= {"decay": log_decay} if log_decay.ndim == 3 else {}
-    blocks_n = {name: x[:, :end].reshape(B, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1) for name, x in by_token.items()}
-    step = functools.partial(_block, log_decay, initial_state, chunk_size, scale)
-    summary = Summary(jnp.zeros((B, N, H, P), dtype), jnp.zeros((B, N), dtype), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))
-    summary, out_nBCNP = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), summary, blocks_n)
-    out_BTNP = out_nBCNP.swapaxes(0, 1).reshape(B, end, N, P)
+    # m counts the blocks of all rows, one row after the other, and no axis has length 1: XLA copies the operand of a loop where the
+    # blocks of several rows lie side by side, and where such an axis leaves a choice of layouts.
+    blocks_m = {name: x[:, :end].reshape(-1, BLOCK, *x.shape[2:]) for name, x in by_token.items()}
+
+    def step(before, xs):
+        m, block = xs
+        before = jax.tree.map(lambda x: jnp.where(m % (T // BLOCK) == 0, 0, x), before)  # a row begins
+        initial_1NHP = None if initial_state is None else jax.lax.dynamic_index_in_dim(initial_state, m // (T // BLOCK))
+        after, out_1CNP = _block(log_decay, chunk_size, scale, initial_1NHP, before, {name: x[None] for name, x in block.items()})
+        return after, (after, out_1CNP[0])
+
+    nothing = Summary(jnp.zeros((1, N, H, P), dtype), jnp.zeros((1, N), dtype), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+    xs = jnp.arange(B * (T // BLOCK)), blocks_m
+    _, (summary_m, out_mCNP) = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), nothing, xs)
+    summary, out_BTNP = jax.tree.map(lambda x: x.reshape(B, -1, *x.shape[2:])[:, -1], summary_m), out_mCNP.reshape(B, end, N, P)
     if end < T:
-        summary, rest_BTNP = step(summary, {name: x[:, end:] for name, x in by_token.items()})
+        rest = {name: x[:, end:] for name, x in by_token.items()}
+        summary, rest_BTNP = _block(log_decay, chunk_size, scale, initial_state, summary, rest)
         out_BTNP = jnp.concatenate([out_BTNP, rest_BTNP], axis=1)
     return out_BTNP, _after(initial_state, summary), summary
 
 
-def _block(log_decay_N, initial_state, chunk_size, scale, before, block):
+def _block(log_decay_N, chunk_size, scale, initial_state, before, block):
     """(Summary of everything up to the end of a block, the block's output) from the Summary of everything before it."""
     segments, state_BNHP = block.get("segments"), _after(initial_state, before)
     if segments is not None:
