@@ -113,10 +113,13 @@ def _matrices_cpu(lhs_MK, dout_MN, group_sizes_E):
     ends_E = jnp.cumsum(group_sizes_E)
     blocks = [min(rows, M) for rows in _BLOCKS]
     padded_MK, dout_MN = (jnp.pad(x, ((0, blocks[0]), (0, 0))) for x in (lhs_MK, dout_MN))
+    used = ends_E[-1]
 
     def one_expert(_, e):
         def one_block(sum_KN, start, x_RK):
             dy_RN = jax.lax.dynamic_slice_in_dim(dout_MN, start, x_RK.shape[0])
+            # Past its group x is 0, and dy another group's, or of none: anything.
+            dy_RN = jnp.where((start + jnp.arange(x_RK.shape[0]) < used)[:, None], dy_RN, 0)
             return sum_KN + product("rk,rn->kn", x_RK, dy_RN, dtype)
 
         zeros_KN = jnp.zeros((lhs_MK.shape[1], dout_MN.shape[1]), dtype)
