@@ -39,7 +39,8 @@ MEMORY_PARTS = tuple(f.name for f in dataclasses.fields(Memory) if f.name != "av
 class Operation:
     """One instruction of the compiled program, or one term of the closed form, in the order of execution.
 
-    seconds and exposed are of one call; exposed is the part in which the chip computes nothing, for collectives only.
+    seconds, exposed and shared are of one call, the latter two of collectives only: exposed is the part in which the chip computes nothing,
+    shared what the transfer took longer than it does alone, because others were on the same links.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Operation:
     seconds: float
     basis: str  # of BASES: where the seconds come from
     exposed: float = 0.0
+    shared: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0  # moved to and from HBM; of a collective: sent by one chip
     axes: tuple[str, ...] = ()  # of a collective
@@ -60,6 +62,16 @@ class Operation:
     def total(self):
         """Seconds that the step gets longer by this operation."""
         return self.calls * (self.exposed if self.kind == "collective" else self.seconds)
+
+    @property
+    def flight(self):
+        """Seconds from start to end of one call."""
+        return self.seconds + self.shared
+
+    @property
+    def hidden(self):
+        """Share of a transfer's flight in which the chip computes; 0 of one that takes no time."""
+        return max(0.0, 1 - self.exposed / self.flight) if self.flight else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

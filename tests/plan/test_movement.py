@@ -31,6 +31,14 @@ def test_changes_of_layout_and_sorts():
     assert seconds(TABLE + "%s = f32[4096,1024]{1,0} sort(%x), dimensions={0}") == pytest.approx(movement.SORT * 2 * size / BANDWIDTH)
 
 
+def test_an_update_in_place_moves_what_it_writes():
+    """However large the array that it writes into."""
+    body = TABLE + "%k = s32[] constant(0)\n%u = f32[1024,1024]{1,0} parameter(3)\n" \
+           "%d = f32[4096,1024]{1,0} dynamic-update-slice(%x, %u, %k, %k)"  # fmt: skip
+    assert seconds(body) == pytest.approx(movement.RELAYOUT * 2 * 4 * 1024**2 / BANDWIDTH)
+    assert seconds(body.replace("[1024,1024]", "[1,8]")) == pytest.approx(movement.LEAST * CYCLE)
+
+
 def test_gathers_of_rows_and_of_elements_also_in_fusions():
     rows = seconds(TABLE + "%g = f32[2048,1024]{1,0} gather(%x, %i), offset_dims={1}, slice_sizes={1,1024}")
     assert rows == pytest.approx(movement.RELAYOUT * 4 * 2048 * 1024 / BANDWIDTH)

@@ -61,6 +61,8 @@ def test_hidden_transfers_begin_where_they_stand():
     free = plans.wire("all-gather", "fsdp", 1, 2.0, 0.0, 1e6)
     both = lane(spans.spans([free, free, compute]), "transfers hidden")
     assert [(s.start, s.seconds) for s in both] == [(0.0, 2.0), (2.0, 2.0)]
+    beside = plans.wire("all-gather", "fsdp", 1, 2.0, 2.0, 1e6, shared=2.0)  # half of its flight, hence of what it sends
+    assert [s.seconds for s in lane(spans.spans([beside, compute]), "transfers hidden")] == [1.0]
     assert not lane(spans.spans([compute, free]), "transfers hidden")  # nothing runs after it
     many = lane(spans.spans([*(plans.wire("all-gather", "fsdp", 1, 1e-3, 0.0, 1.0) for _ in range(100)), compute]), "transfers hidden")
     assert sum(s.seconds for s in many) == pytest.approx(0.1, abs=5 / 300) and len(many) < 10

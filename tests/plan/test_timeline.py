@@ -70,6 +70,30 @@ def test_two_in_flight_share_the_links_of_one_direction_only(second, waits, mesh
            "%d = bf16[1024,1024]{1,0} collective-permute-done(%s)\n%e = bf16[1024,1024]{1,0} collective-permute-done(%u)"  # fmt: skip
     found = by_name(run(body, mesh))
     assert found["s"].exposed + found["u"].exposed == pytest.approx(waits)
+    for o in found.values():
+        assert (o.seconds, o.flight) == pytest.approx((WIRE, waits))
+
+
+@pytest.mark.parametrize("between", [0, 10])
+def test_a_short_transfer_does_not_wait_for_a_long_one(between, mesh):
+    """At half its speed it takes twice as long; what the long one lost, it needs later."""
+    long, short = "(bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0})", "(bf16[64,1024]{1,0}, bf16[64,1024]{1,0})"
+    body = f"%y = bf16[64,1024]{{1,0}} parameter(3)\n%s = {long} collective-permute-start(%x), {RING}\n" \
+           f"{matmul('a', 'x', 'w', between) if between else ''}\n%u = {short} collective-permute-start(%y), {RING}\n" \
+           "%e = bf16[64,1024]{1,0} collective-permute-done(%u)\n%d = bf16[1024,1024]{1,0} collective-permute-done(%s)"  # fmt: skip
+    found = by_name(run(body, mesh))
+    brief = SENT / 16 / ICI + HOP
+    assert (found["u"].seconds, found["u"].flight, found["u"].exposed) == pytest.approx((brief, 2 * brief, 2 * brief))
+    assert found["u"].hidden == pytest.approx(0, abs=1e-9)
+    rest = WIRE + brief - between * 1e-6 - 2 * brief
+    assert (found["s"].flight, found["s"].exposed) == pytest.approx((WIRE + brief, rest))
+    assert found["s"].hidden == pytest.approx(1 - rest / (WIRE + brief))
+
+
+def test_a_transfer_that_nobody_awaits_is_hidden(mesh):
+    start = "(bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0}) collective-permute-start"
+    found = run(f"%s = {start}(%x), {RING}\n%u = {start}(%w), {RING}", mesh)
+    assert [(o.flight, o.exposed, o.hidden) for o in found] == [(pytest.approx(2 * WIRE), 0.0, 1.0)] * 2
 
 
 def test_a_blocking_all_gather_is_exposed_whole_and_takes_both_directions_of_its_ring(mesh):

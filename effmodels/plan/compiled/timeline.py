@@ -6,13 +6,15 @@ played once and counts as often as it runs.
 
 Seconds come from, in this order: the schedule of the compiler's bundles where they were dumped ("schedule", or "libtpu" for its own
 simulator), `kernel_time` for kernels ("kernel table"), and XLA's `estimated_cycles` ("cost model") with the corrections of `movement`,
-which also prices what XLA says nothing about ("closed form"). `wire` prices collectives ("wire model").
+which also prices what XLA says nothing about ("closed form"). `wire` prices collectives ("wire model"); `links` shares the wires among
+those in flight.
 """
 import dataclasses
 import re
 
 from effmodels.plan import chips, hlo
 from effmodels.plan.compiled import collectives, kernel_time, movement, traffic
+from effmodels.plan.compiled.links import Links
 from effmodels.plan.compiled.origin import Origins
 from effmodels.plan.compiled.wire import Wires
 from effmodels.plan.records import Operation
@@ -57,30 +59,35 @@ def merged(found, least=1e-4) -> list[Operation]:
     Sums stay; the order does too, but for what lies between two large ones. A step of 3,000 operations has about 500 that matter.
     """
     total, small, kept = sum(o.total for o in found), {}, []
+    summed = "seconds", "exposed", "shared", "flops", "bytes"
     for o in found:
         if o.calls * max(o.seconds, o.exposed) >= least * total:
             kept += [*small.values(), o]
             small = {}
             continue
         key = o.kind, o.layer, o.phase, o.calls, o.basis, o.axes, o.collective
-        sums = {f: getattr(o, f) + getattr(small[key], f) for f in ("seconds", "exposed", "flops", "bytes")} if key in small else None
+        sums = {f: getattr(o, f) + getattr(small[key], f) for f in summed} if key in small else None
         small[key] = dataclasses.replace(small[key], name=small[key].name.removesuffix(" ...") + " ...", **sums) if sums else o
     return [*kept, *small.values()]
 
 
-@dataclasses.dataclass
 class _Clock:
-    """Seconds since a computation started, what is under way, and what the copies still have to move."""
+    """What is under way while a computation runs: collectives on the links, and what the copies still have to move."""
 
-    now: float = 0.0
-    busy: dict = dataclasses.field(default_factory=dict)  # link -> when it is free
-    collectives: dict = dataclasses.field(default_factory=dict)  # start -> (index of its operation, when it ends)
-    copies: dict = dataclasses.field(default_factory=dict)  # start -> seconds left; they run one after the other
-    sent: dict = dataclasses.field(default_factory=dict)  # recv -> rendezvous, rendezvous -> send
+    def __init__(self):
+        self.links = Links()
+        self.collectives = {}  # start -> [(index of its operation, its Transfer)]
+        self.copies = {}  # start -> seconds left; they run one after the other
+        self.sent = {}  # recv -> rendezvous, rendezvous -> send
+
+    @property
+    def now(self):
+        """Seconds since the computation started."""
+        return self.links.now
 
     def run(self, seconds, of_hbm):
         """The sequencer is busy; copies go on in the time that HBM is not."""
-        self.now += seconds
+        self.links.advance(self.now + seconds)
         self._copy(max(0.0, seconds - of_hbm))
 
     def _copy(self, seconds):
@@ -89,16 +96,10 @@ class _Clock:
             self.copies[name] -= done
             seconds -= done
 
-    def occupy(self, time):
-        """When a collective that may start now ends: others on the same links go first."""
-        begin = max([self.now, *(self.busy.get(link, 0.0) for link in time.links)])
-        self.busy |= dict.fromkeys(time.links, begin + time.seconds)
-        return begin + time.seconds
-
-    def wait(self, until):
-        """Seconds that the sequencer stands still."""
-        waited = max(0.0, until - self.now)
-        self.run(waited, 0.0)
+    def wait(self, transfer):
+        """Seconds that the sequencer stands still until a transfer has ended."""
+        waited = self.links.finish(transfer)
+        self._copy(waited)
         return waited
 
     def finish_copy(self, name):
@@ -108,7 +109,7 @@ class _Clock:
             waited += self.copies.pop(other)
             if other == name:
                 break
-        self.now += waited
+        self.links.advance(self.now + waited)
         return waited
 
 
@@ -123,7 +124,12 @@ class _Player:
         clock, found = _Clock(), []
         for instruction in self.module.computations[computation]:
             self._one(instruction, calls, clock, found)
-        return found, clock.now
+        seconds = clock.now
+        for flying in clock.collectives.values():  # nobody here waits for them
+            for number, transfer in flying:
+                clock.links.finish(transfer)
+                found[number] = _ended(found[number], transfer)
+        return found, seconds
 
     def _one(self, i, calls, clock, found):
         kind, phase = collectives.kind_and_phase(i.opcode)
@@ -207,13 +213,14 @@ class _Player:
         for c in members:
             c = dataclasses.replace(c, size=c.size * self.filled) if c.kind == "ragged-all-to-all" else c
             time = self.wires.time(c)
-            end = clock.occupy(time)
+            transfer = clock.links.start(time.seconds, time.links)
+            known = {"bytes": c.sent, "axes": c.axes, "collective": c.kind, **self._origin(i)}
+            operation = Operation(i.name, "collective", calls, time.seconds, "wire model", **known)
             if asynchronous:
-                clock.collectives[names[0] if names else i.name] = (len(found), end)
-            exposed = 0.0 if asynchronous else clock.wait(end)
-            found.append(Operation(
-                i.name, "collective", calls, time.seconds, "wire model", exposed, bytes=c.sent, axes=c.axes, collective=c.kind,
-                **self._origin(i)))  # fmt: skip
+                clock.collectives.setdefault(names[0] if names else i.name, []).append((len(found), transfer))
+            else:
+                operation = _ended(operation, transfer, clock.wait(transfer))
+            found.append(operation)
 
     def _done(self, i, calls, clock, found):
         start = i.operands[0] if i.operands else ""
@@ -225,9 +232,8 @@ class _Player:
 
     def _wait(self, start, clock, found):
         """Until a collective under way ends; one that a loop's body starts and its next run awaits is not under way here."""
-        if start in clock.collectives:
-            number, end = clock.collectives.pop(start)
-            found[number] = dataclasses.replace(found[number], exposed=clock.wait(end))
+        for number, transfer in clock.collectives.pop(start, ()):
+            found[number] = _ended(found[number], transfer, clock.wait(transfer))
 
     def _copy_seconds(self, i):
         """A copy in the background: to or from HBM at its bandwidth, twice that within HBM, slowly to the host's memory (space 5)."""
@@ -237,3 +243,7 @@ class _Player:
         size = traffic.hbm_bytes(re.sub(r"S\(\d+\)", "", ends[-1]))
         return size * sum(map(traffic.on_hbm, ends)) / self.chip.bandwidth
 
+
+def _ended(operation, transfer, exposed=0.0):
+    """The operation of a transfer that has ended and that the chip waited for so long."""
+    return dataclasses.replace(operation, exposed=exposed, shared=max(0.0, transfer.flight - operation.seconds))

@@ -46,7 +46,9 @@ class Traffic:
         return read + self._written(body, instruction)
 
     def touched(self, instruction) -> float:
-        """Bytes of its operands and results, whichever memory they lie in."""
+        """Bytes of its operands and results, whichever memory they lie in; of an update in place the update, read and written."""
+        if instruction.opcode == "dynamic-update-slice":
+            return 2.0 * _bytes(self.type_of(instruction.operands[1]))
         return sum(_bytes(self.type_of(name)) for name in instruction.operands) + self.result(instruction)
 
     def result(self, instruction) -> float:

@@ -160,7 +160,8 @@ def _operations(record, texts, place):
         for o in timeline.merged(timeline.operations(texts[p["name"]], made, place.chip.name, **known)):
             # Simulated devices share this machine, and `timeline` prices each as if it had it alone.
             share = place.chips if place.platform == "cpu" else 1
-            found.append(dataclasses.replace(o, calls=o.calls * p["calls"], seconds=o.seconds * share, exposed=o.exposed * share))
+            times = {field: getattr(o, field) * share for field in ("seconds", "exposed", "shared")}
+            found.append(dataclasses.replace(o, calls=o.calls * p["calls"], **times))
     return tuple(found)
 
 

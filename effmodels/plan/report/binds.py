@@ -40,22 +40,6 @@ class Layer:
     wire_seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Wire:
-    """All collectives of a kind over the same axes, all calls together."""
-
-    collective: str
-    axes: tuple[str, ...]
-    calls: int
-    bytes: float
-    wire_seconds: float
-    exposed: float
-
-    @property
-    def hidden(self):
-        return max(0.0, self.wire_seconds - self.exposed)
-
-
 def shares(plan) -> list[Share]:
     """The Shares of a Plan, costliest first; with a bubble or imbalance they add up to 1, those being parts of every operation's slot."""
     peak, bandwidth = _rates(plan)
@@ -82,19 +66,6 @@ def layers(plan) -> list[Layer]:
     for o in plan.operations:
         groups[o.layer].append(o)
     return sorted((_layer(name, members, plan.seconds) for name, members in groups.items()), key=lambda row: -row.seconds)
-
-
-def wires(plan) -> list[Wire]:
-    """The collectives by kind and axes, most exposed first."""
-    groups = collections.defaultdict(list)
-    for o in plan.operations:
-        if o.kind == "collective":
-            groups[o.collective, o.axes].append(o)
-    rows = []
-    for (kind, axes), members in groups.items():
-        sums = [sum(o.calls * getattr(o, field) for o in members) for field in ("bytes", "seconds", "exposed")]
-        rows.append(Wire(kind, axes, sum(o.calls for o in members), *sums))
-    return sorted(rows, key=lambda row: (-row.exposed, -row.wire_seconds))
 
 
 def _rates(plan):

@@ -81,10 +81,14 @@ def collectives(plan):
     for (name, axes, phase, layer, num_bytes, _), members in sorted(groups.items(), key=lambda item: (-_total(item[1]), -_wire(item[1]))):
         calls = sum(o.calls for o in members)
         where = ("+".join(axes) or "-", phase or "-", layer or "-", _source(members), _state(members))
-        rows.append((name, *where, _size(num_bytes), f"{calls:,}", _size(calls * num_bytes), _time(_wire(members)), _time(_total(members))))
-    columns = ("collective", "mesh axis", "phase", "layer", "source", "state", "sent, a call", "calls", "sent", "wire time", "exposed")
-    note = "Of one step, by one chip. hidden: the chip computes meanwhile; exposed: it waits. wire time by the wire model (docs/plan.md)."
-    return Table("Collectives", columns, tuple(rows), names=6, note=note)
+        times = (_time(seconds) for seconds in (_wire(members), _flight(members), _total(members)))
+        rows.append((name, *where, _size(num_bytes), f"{calls:,}", _size(calls * num_bytes), *times))
+    sizes = ("sent, a call", "calls", "sent", "wire time", "in flight", "exposed")
+    note = (
+        "Of one step, by one chip. wire time: alone, by the wire model (docs/plan.md); in flight: with others on the same links. "
+        "hidden: the chip computes meanwhile; exposed: it waits."
+    )
+    return Table("Collectives", ("collective", "mesh axis", "phase", "layer", "source", "state", *sizes), tuple(rows), names=6, note=note)
 
 
 def costliest(plan, number=10):
@@ -128,12 +132,10 @@ def share_name(share):
 
 
 def _state(operations):
-    wire, exposed = _wire(operations), _total(operations)
     if operations[0].basis == "unpriced":
         return "no price"
-    hidden = round(100 * (1 - exposed / wire)) if wire else 0
-    if hidden < 0:  # the chip waits longer than the wire takes: for others that go first on the same links
-        return "behind others"
+    flight = _flight(operations)
+    hidden = round(100 * sum(o.calls * o.flight * o.hidden for o in operations) / flight) if flight else 0
     return {0: "exposed", 100: "hidden"}.get(hidden, f"{hidden} % hidden")
 
 
@@ -143,6 +145,10 @@ def _total(operations):
 
 def _wire(operations):
     return sum(o.calls * o.seconds for o in operations)
+
+
+def _flight(operations):
+    return sum(o.calls * o.flight for o in operations)
 
 
 def _source(operations):

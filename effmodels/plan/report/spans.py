@@ -133,7 +133,7 @@ def _hidden(operations, least):
             continue
         members.append(o)
         start = max(clock, free)
-        seconds = min(sum(m.calls * m.seconds - m.total for m in members), total - start)
+        seconds = min(sum(m.calls * m.seconds * m.hidden for m in members), total - start)
         if seconds >= least:
             name = _name(o) if len(members) == 1 else f"{len(members)} transfers, the last {_name(o)}"
             found.append(Span("transfers hidden", start, seconds, "hidden", name))
