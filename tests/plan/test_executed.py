@@ -44,7 +44,19 @@ def test_the_dearer_branch_counts():
 
 def test_recomputation_counts():
     f = jax.checkpoint(lambda a, b: jnp.sum(jnp.sin(a @ b)))
-    assert count(jax.grad(f), A, B) == (3 * ONE, 0)  # forward, again, and the gradient of a
+    assert count(jax.value_and_grad(f), A, B) == (3 * ONE, 0)  # forward, again, and the gradient of a
+
+
+def test_what_no_result_depends_on_does_not_count():
+    """The forward pass inside a gradient rule that calls `jax.vjp`, in a loop too."""
+
+    @jax.custom_vjp
+    def product(a, b):
+        return a @ b
+
+    product.defvjp(lambda a, b: (a @ b, (a, b)), lambda kept, dy: jax.vjp(jnp.matmul, *kept)[1](dy))
+    f = jax.grad(lambda a, bs: jax.lax.scan(lambda c, b: (c + jnp.sum(product(a, b) ** 2), None), 0.0, bs)[0], argnums=(0, 1))
+    assert count(f, A, jnp.stack([B] * 5)) == (5 * 3 * ONE, 0)
 
 
 def test_parts_on_devices_count_on_each():

@@ -4,9 +4,19 @@ A multiply-add is two. What recomputation adds is in the traced program, and so 
 """
 import math
 
+from jax.interpreters import partial_eval
+
 
 def flops(jaxpr) -> tuple[float, int]:
-    """(FLOPs of all devices, number of loops whose length is not known, counted once) of a jaxpr or ClosedJaxpr."""
+    """(FLOPs of all devices, number of loops whose length is not known, counted once) of a jaxpr or ClosedJaxpr.
+
+    What no result depends on is left out, as the compiler does: a gradient rule that calls `jax.vjp` traces its forward pass too.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _count(jaxpr):
     total, unknown = 0.0, 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -16,7 +26,7 @@ def flops(jaxpr) -> tuple[float, int]:
             total += _kernel(equation)
         else:
             times, bodies = _inner(name, params)
-            counts = [flops(body) for body in bodies]
+            counts = [_count(body) for body in bodies]
             unknown += sum(count for _, count in counts) + (name == "while" and any(f for f, _ in counts))
             found = [f for f, _ in counts]
             total += times * (max(found, default=0.0) if name == "cond" else sum(found))
