@@ -31,9 +31,11 @@ def main(argv):
     import jax
 
     from effmodels.config import ConfigError
+    from effmodels.decode import served
 
     try:
         model, tokenizer, step = common.load_model(common.WORKDIR.value, step=_STEP.value)
+        model = served(model)
         if tokenizer is None:
             raise ConfigError(f"{common.WORKDIR.value} has neither tokenizer.json nor tokenizer.model.")
         prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value

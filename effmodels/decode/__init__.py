@@ -2,5 +2,6 @@
 from effmodels.decode.generate import generate, stream
 from effmodels.decode.sampling import sample
 from effmodels.decode.speculative import Speculation, speculate
+from effmodels.decode.weights import served
 
-__all__ = ["Speculation", "generate", "sample", "speculate", "stream"]
+__all__ = ["Speculation", "generate", "sample", "served", "speculate", "stream"]

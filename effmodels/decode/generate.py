@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effmodels.decode import sampling
+from effmodels.decode.weights import served
 from effmodels.models import state as model_state
 
 
@@ -38,8 +39,9 @@ def stream(model, prompt_BT, max_new_tokens, *, lengths_B=None, eos_id=None, key
     B, T = prompt_BT.shape
     key = jax.random.key(0) if key is None else key
     valid_BT = None if lengths_B is None else jnp.asarray(np.arange(T) < np.asarray(lengths_B)[:, None])
-    prefill, step = _compiled(model_state.split(model)[0], tuple(sorted(options.items())))
-    arrays = model_state.split(model)[1:]
+    model = served(model)
+    graphdef, *arrays = model_state.split(model)
+    prefill, step = _compiled(graphdef, tuple(sorted(options.items())))
     memory = jax.tree.map(lambda a: jnp.array(a, copy=True), memory)  # the state is donated, the caller's arrays are not
     state = model.init_state(B, rounded(T + max_new_tokens if max_len is None else max_len), memory=memory)
     tokens_B, state = prefill(*arrays, prompt_BT, state, valid_BT, jax.random.fold_in(key, 0))

@@ -16,6 +16,7 @@ import numpy as np
 from effmodels.config import ConfigError
 from effmodels.decode import sampling
 from effmodels.decode.generate import check_prompt, rounded
+from effmodels.decode.weights import served
 from effmodels.models import state as model_state
 
 
@@ -77,8 +78,9 @@ def stream(model, prompt_BT, max_new_tokens, *, lengths_B=None, eos_id=None, key
     (B, T), report = prompt_BT.shape, Speculation() if report is None else report
     key = jax.random.key(0) if key is None else key
     count_B = np.full(B, T) if lengths_B is None else np.asarray(lengths_B)
-    start, advance = _compiled(model_state.split(model)[0], tuple(sorted(options.items())))
-    arrays = model_state.split(model)[1:]
+    model = served(model)
+    graphdef, *arrays = model_state.split(model)
+    start, advance = _compiled(graphdef, tuple(sorted(options.items())))
     max_len = rounded(T + max_new_tokens + depth) if max_len is None else max_len
     memory = jax.tree.map(lambda a: jnp.array(a, copy=True), memory)  # the state is donated, the caller's arrays are not
     drafts = start(*arrays, prompt_BT, _empty(model, B, max_len, memory), jnp.asarray(count_B), jax.random.fold_in(key, 0))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from jax.ad_checkpoint import checkpoint_name
 
 from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
@@ -16,13 +17,14 @@ from effmodels.layers.norms import RMSNorm
 from effmodels.layers.param import param, zeros
 from effmodels.layers.positions import rope, rope_scaling, rotate
 from effmodels.mixers.base import Cost, TokenMixer, all_valid, visible_pairs
+from effmodels.mixers.caches import Slots, put, whole
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(Slots):
     """Keys, values and the order index of each slot (-1: empty); a window keeps a ring of window + 1 slots."""
 
     k_BSKH: Any
@@ -124,11 +126,10 @@ class Attention(TokenMixer):
         index_BT = jnp.where(valid_BT, ctx.index_BT, -1)
         written = _write(state, k, v, index_BT, ring=self.config.window is not None)
         if self.config.window is None:
-            keys, values, key_index = written.k_BSKH, written.v_BSKH, written.index_BS
+            keys, values, key_index = map(whole, (written.k_BSKH, written.v_BSKH, written.index_BS))
         else:  # the chunk may overwrite slots that its first tokens still see: attend over (old ring, chunk)
-            keys = jnp.concatenate([state.k_BSKH, k.astype(state.k_BSKH.dtype)], axis=1)
-            values = jnp.concatenate([state.v_BSKH, v.astype(state.v_BSKH.dtype)], axis=1)
-            key_index = jnp.concatenate([state.index_BS, index_BT], axis=1)
+            old = map(whole, (state.k_BSKH, state.v_BSKH, state.index_BS))
+            keys, values, key_index = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, (k, v, index_BT)))
         y = self._attend(
             q, keys.astype(q.dtype), values.astype(q.dtype), positions=index_BT, kv_positions=key_index,
             segment_ids=valid_BT.astype(jnp.int32), kv_segment_ids=(key_index >= 0).astype(jnp.int32),
@@ -145,7 +146,9 @@ class Attention(TokenMixer):
             q_BTNH, k_BTKH = (self._normed(norm, a) for norm, a in ((self.q_norm, q_BTNH), (self.k_norm, k_BTKH)))
         frequencies, magnitude = rope(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta, c.rope_scaling)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
-        return *(rotate(a, positions_BT, frequencies, magnitude=magnitude) for a in (q_BTNH, k_BTKH)), v_BTKH
+        q_BTNH, k_BTKH = (rotate(a, positions_BT, frequencies, magnitude=magnitude) for a in (q_BTNH, k_BTKH))
+        # Named again: without norms the backward pass needs what the kernel reads, not what was rotated.
+        return checkpoint_name(q_BTNH, "heads"), checkpoint_name(k_BTKH, "kv_heads"), v_BTKH
 
     def _attend(self, q, k, v, **options):
         c = self.config
@@ -220,9 +223,5 @@ def _write(state, k_BTKH, v_BTKH, index_BT, ring):
     if ring:
         keep_BT &= index_BT > jnp.max(index_BT, axis=1, keepdims=True) - slots
     slot_BT = jnp.where(keep_BT, index_BT % slots if ring else index_BT, slots)  # a slot past the end is dropped
-    row_B1 = jnp.arange(index_BT.shape[0])[:, None]
-
-    def put(cache, new):
-        return cache.at[row_B1, slot_BT].set(new.astype(cache.dtype), mode="drop")
-
-    return KVCache(put(state.k_BSKH, k_BTKH), put(state.v_BSKH, v_BTKH), put(state.index_BS, index_BT))
+    pairs = (state.k_BSKH, k_BTKH), (state.v_BSKH, v_BTKH), (state.index_BS, index_BT)
+    return KVCache(*(put(cache, slot_BT, new) for cache, new in pairs))

@@ -18,6 +18,7 @@ from effmodels.layers.param import param
 from effmodels.layers.positions import rope, rotate
 from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import all_valid
+from effmodels.mixers.caches import Slots, put, whole
 from effmodels.mixers.local_global import in_document
 from effmodels.parallel import axes, layouts
 from effmodels.parallel.block_select import block_attention
@@ -27,7 +28,7 @@ BRANCHES = 3  # compressed, chosen, window
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BlockCache:
+class BlockCache(Slots):
     """Keys and values, slot = index in the row (index -1: empty), and the compressed ones of every block that is complete."""
 
     k_BSKH: Any
@@ -118,15 +119,12 @@ class BlockSparse(Attention):
         q, k, v = self._project(x_BTD, ctx)
         index_BT = jnp.where(all_valid(x_BTD, valid_BT), ctx.index_BT, -1)
         row_B1, slot_BT = jnp.arange(B)[:, None], jnp.where(index_BT >= 0, index_BT, S)  # a slot past the end is dropped
-
-        def put(cache, new, slot):
-            return cache.at[row_B1, slot].set(new.astype(cache.dtype), mode="drop")
-
-        k_BSKH, v_BSKH = put(state.k_BSKH, k, slot_BT), put(state.v_BSKH, v, slot_BT)
-        index_BS = put(state.index_BS, index_BT, slot_BT)
+        pairs = (state.k_BSKH, k), (state.v_BSKH, v), (state.index_BS, index_BT)
+        tokens = [put(cache, slot_BT, new) for cache, new in pairs]
+        k_BSKH, v_BSKH, index_BS = map(whole, tokens)
         window = self._windowed(q, k_BSKH, v_BSKH, index_BS, index_BT)
         if M == 0:
-            state = BlockCache(k_BSKH, v_BSKH, index_BS, state.block_k_BMKH, state.block_v_BMKH)
+            state = BlockCache(*tokens, state.block_k_BMKH, state.block_v_BMKH)
             return self._gated(x_BTD, jnp.zeros_like(window), jnp.zeros_like(window), window), state
         blocks = [a[:, : M * C].reshape(B, M, C, *a.shape[2:]).astype(q.dtype) for a in (k_BSKH, v_BSKH)]
         # The blocks that end in this chunk.
@@ -134,13 +132,13 @@ class BlockSparse(Attention):
         at_BE = jax.vmap(lambda ends_T: jnp.nonzero(ends_T, size=-(-T // C), fill_value=-1)[0])(ends_BT)
         new_BE = jnp.where(at_BE >= 0, index_BT[row_B1, at_BE] // C, M)
         new = self._compressed(*(a[row_B1, jnp.minimum(new_BE, M - 1)] for a in blocks), ctx.rotary_positions(B, T)[row_B1, at_BE])
-        compressed = [put(old, a, new_BE) for old, a in zip((state.block_k_BMKH, state.block_v_BMKH), new)]
+        compressed = [put(old, new_BE, a) for old, a in zip((state.block_k_BMKH, state.block_v_BMKH), new)]
         end_BM, ones_BM = jnp.broadcast_to(C * jnp.arange(1, M + 1, dtype=jnp.int32) - 1, (B, M)), jnp.ones((B, M), jnp.int32)
         far, near = block_attention(
-            q, blocks, [a.astype(q.dtype) for a in compressed], end_BM, positions=index_BT,
+            q, blocks, [whole(a).astype(q.dtype) for a in compressed], end_BM, positions=index_BT,
             segment_ids=(index_BT >= 0).astype(jnp.int32), block_segment_ids=ones_BM, **self._choice(),
         )  # fmt: skip
-        return self._gated(x_BTD, far, near, window), BlockCache(k_BSKH, v_BSKH, index_BS, *compressed)
+        return self._gated(x_BTD, far, near, window), BlockCache(*tokens, *compressed)
 
     def _windowed(self, q, k_BSKH, v_BSKH, index_BS, index_BT):
         """The window's branch over the slots that any query of the chunk sees."""

@@ -20,13 +20,14 @@ from effmodels.layers.norms import RMSNorm
 from effmodels.layers.param import param
 from effmodels.layers.positions import halves, rope, rope_scaling, rotate
 from effmodels.mixers.base import Cost, TokenMixer, all_valid, visible_pairs
+from effmodels.mixers.caches import Slots, put, whole
 from effmodels.parallel import ops
 from effmodels.parallel.axes import shard
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LatentCache:
+class LatentCache(Slots):
     """The compressed vector and the rotated key of every token, side by side, and the order index of each slot (-1: empty)."""
 
     c_BSC: Any
@@ -107,13 +108,15 @@ class Latent(TokenMixer):
         q_BTNK, c_BTC = self._queries(x_BTD, ctx), self._compress(x_BTD, ctx)
         valid_BT = all_valid(x_BTD, valid_BT)
         index_BT = jnp.where(valid_BT, ctx.index_BT, -1)
-        state = _write(state, c_BTC, index_BT)
+        slot_BT = jnp.where(valid_BT, index_BT, state.index_BS.shape[1])  # a slot past the end is dropped
+        state = LatentCache(put(state.c_BSC, slot_BT, c_BTC), put(state.index_BS, slot_BT, index_BT))
+        key_index = whole(state.index_BS)
         where = {
-            "positions": index_BT, "kv_positions": state.index_BS, "segment_ids": valid_BT.astype(jnp.int32),
-            "kv_segment_ids": (state.index_BS >= 0).astype(jnp.int32),
+            "positions": index_BT, "kv_positions": key_index, "segment_ids": valid_BT.astype(jnp.int32),
+            "kv_segment_ids": (key_index >= 0).astype(jnp.int32),
         }  # fmt: skip
         attend = self._absorbed if _absorbs(self.config, self.env, x_BTD.shape[1]) else self._expanded
-        return self._output(attend(q_BTNK, state.c_BSC.astype(x_BTD.dtype), **where)), state
+        return self._output(attend(q_BTNK, whole(state.c_BSC).astype(x_BTD.dtype), **where)), state
 
     def _queries(self, x_BTD, ctx):
         """[B, T, N, K]: per head the part without positions, then the rotated part."""
@@ -192,10 +195,3 @@ def _absorbs(config, env, T):
 def _rotated_in_halves(weight, dims):
     """The weight with its last `dims` columns reordered for a rotation of halves; the products of queries and keys stay the same."""
     return jnp.concatenate([weight[..., :-dims], halves(weight[..., -dims:])], axis=-1)
-
-
-def _write(state, c_BTC, index_BT):
-    slot_BT = jnp.where(index_BT >= 0, index_BT, state.index_BS.shape[1])  # a slot past the end is dropped
-    row_B1 = jnp.arange(index_BT.shape[0])[:, None]
-    put = lambda cache, new: cache.at[row_B1, slot_BT].set(new.astype(cache.dtype), mode="drop")  # noqa: E731
-    return LatentCache(put(state.c_BSC, c_BTC), put(state.index_BS, index_BT))

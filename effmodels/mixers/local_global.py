@@ -18,6 +18,7 @@ from effmodels.layers.linear import dot
 from effmodels.layers.param import param
 from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import Cost, all_valid
+from effmodels.mixers.caches import Slots, put, whole
 from effmodels.parallel import layouts, ring
 from effmodels.parallel.axes import shards
 
@@ -26,7 +27,7 @@ GLOBALS = ("none", "first", "every", "top")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LocalGlobalCache:
+class LocalGlobalCache(Slots):
     """A ring of the last keys and values with their order indices (-1: empty) and, where a score chooses the global ones, scores [B, S]
     (else [B, 0]); and the global keys and values with the index from which on each may be seen."""
 
@@ -135,37 +136,32 @@ class LocalGlobal(Attention):
         index_BT = jnp.where(all_valid(x_BTD, valid_BT), ctx.index_BT, -1)
         score_BT = self._score(x_BTD)
         # What may be seen from here, or become global: the old ring, then the chunk, before the chunk takes slots of the ring.
-        old = state.k_BSKH, state.v_BSKH, state.index_BS
+        old = map(whole, (state.k_BSKH, state.v_BSKH, state.index_BS))
         keys, values, key_index = (jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, (k, v, index_BT)))
-        scores = score_BT if score_BT is None else jnp.concatenate([state.score_BS, score_BT.astype(state.score_BS.dtype)], axis=1)
+        scores = score_BT if score_BT is None else jnp.concatenate([whole(state.score_BS), score_BT.astype(state.score_BS.dtype)], axis=1)
         queries, side = (Side((i >= 0).astype(jnp.int32), i) for i in (index_BT, key_index))
         local = self._local(q, keys.astype(q.dtype), values.astype(q.dtype), queries, side)
         state = self._written(state, keys, values, side, scores, index_BT)
         if state.global_index_BG.shape[1] == 0:
             return self._output(local[0].astype(x_BTD.dtype), x_BTD), state
-        cached = Side((state.global_index_BG >= 0).astype(jnp.int32), state.global_index_BG)
-        far = self._far(q, state.global_k_BGKH.astype(q.dtype), state.global_v_BGKH.astype(q.dtype), queries, cached)
+        cached = Side((whole(state.global_index_BG) >= 0).astype(jnp.int32), whole(state.global_index_BG))
+        far = self._far(q, *(whole(a).astype(q.dtype) for a in (state.global_k_BGKH, state.global_v_BGKH)), queries, cached)
         return self._output(self._together(x_BTD, local, far), x_BTD), state
 
     def _written(self, state, keys, values, side, scores, index_BT):
         """The state with the valid tokens of a chunk in its ring and, as far as they are complete, its global tokens."""
-        c, T, B = self.config, index_BT.shape[1], index_BT.shape[0]
-        row_B1, S, G = jnp.arange(B)[:, None], state.index_BS.shape[1], state.global_index_BG.shape[1]
+        c, T, S, G = self.config, index_BT.shape[1], state.index_BS.shape[1], state.global_index_BG.shape[1]
         keep_BT = (index_BT >= 0) & (index_BT > jnp.max(index_BT, axis=1, keepdims=True) - S)  # no slot is written twice in one call
         slot_BT = jnp.where(keep_BT, index_BT % S, S)  # a slot past the end is dropped
-
-        def put(cache, new, slot):
-            return cache.at[row_B1, slot].set(new.astype(cache.dtype), mode="drop")
-
-        ring_arrays = [put(a, b[:, -T:], slot_BT) for a, b in zip((state.k_BSKH, state.v_BSKH, state.index_BS), (keys, values, side.index))]
-        score_BS = put(state.score_BS, scores[:, -T:], slot_BT) if c.globals == "top" else state.score_BS
+        ring_arrays = [put(a, slot_BT, b[:, -T:]) for a, b in zip((state.k_BSKH, state.v_BSKH, state.index_BS), (keys, values, side.index))]
+        score_BS = put(state.score_BS, slot_BT, scores[:, -T:]) if c.globals == "top" else state.score_BS
         cached = state.global_k_BGKH, state.global_v_BGKH, state.global_index_BG
         if G:
-            first = jnp.max(state.index_BS, axis=1, keepdims=True) + 1
+            first = jnp.max(whole(state.index_BS), axis=1, keepdims=True) + 1
             last = jnp.maximum(first - 1, jnp.max(index_BT, axis=1, keepdims=True))
             from_BS, chosen_BS = self._seen_from(side, scores, first, last)
             slot_BS = jnp.where(chosen_BS, self._global_slot(side, scores), G)
-            cached = [put(a, b, slot_BS) for a, b in zip(cached, (keys, self._weighted(values, scores), from_BS))]
+            cached = [put(a, slot_BS, b) for a, b in zip(cached, (keys, self._weighted(values, scores), from_BS))]
         return LocalGlobalCache(*ring_arrays, score_BS, *cached)
 
     def _seen_from(self, side, score, first, last):

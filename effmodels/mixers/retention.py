@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from effmodels.config import ConfigError
 from effmodels.layers.linear import dot
@@ -132,7 +133,9 @@ class Retention(TokenMixer):
         frequencies = (retnet_frequencies if retnet else rope_frequencies)(q.shape[-1], self.config.rope_theta)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
         k = k * k.shape[-1] ** -0.5  # torchscale scales the keys
-        return rotate(q, positions_BT, frequencies), rotate(k, positions_BT, frequencies), v
+        # Named again: what the backward pass needs is what the kernel reads.
+        q, k = (checkpoint_name(rotate(a, positions_BT, frequencies), "heads") for a in (q, k))
+        return q, k, v
 
     def _output(self, y_BTNP, x_BTD, ctx):
         if self.config.decay_norm:

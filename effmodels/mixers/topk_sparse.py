@@ -17,12 +17,13 @@ from effmodels.layers.param import param
 from effmodels.layers.positions import rope, rotate
 from effmodels.mixers.attention import Attention, kv_heads_and_dim
 from effmodels.mixers.base import Cost, all_valid, visible_pairs
+from effmodels.mixers.caches import Slots, put, whole
 from effmodels.parallel import topk
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SparseCache:
+class SparseCache(Slots):
     """Keys, values, the indexer's keys and the order index of each slot (-1: empty)."""
 
     k_BSKH: Any
@@ -93,15 +94,11 @@ class TopkSparse(Attention):
         index_q, index_k, index_w = self._index(x_BTD, ctx)
         index_BT = jnp.where(all_valid(x_BTD, valid_BT), ctx.index_BT, -1)
         slot_BT = jnp.where(index_BT >= 0, index_BT, state.index_BS.shape[1])  # a slot past the end is dropped
-        row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-
-        def put(cache, new):
-            return cache.at[row_B1, slot_BT].set(new.astype(cache.dtype), mode="drop")
-
-        new = SparseCache(put(state.k_BSKH, k), put(state.v_BSKH, v), put(state.index_k_BSC, index_k), put(state.index_BS, index_BT))
+        pairs = (state.k_BSKH, k), (state.v_BSKH, v), (state.index_k_BSC, index_k), (state.index_BS, index_BT)
+        new = SparseCache(*(put(cache, slot_BT, a) for cache, a in pairs))
+        keys, values, index_keys = (whole(a).astype(b.dtype) for a, b in ((new.k_BSKH, q), (new.v_BSKH, q), (new.index_k_BSC, index_q)))
         out, _ = topk.sparse_attention(
-            q, new.k_BSKH.astype(q.dtype), new.v_BSKH.astype(q.dtype), index_q, new.index_k_BSC.astype(index_q.dtype), index_w,
-            positions=index_BT, kv_positions=new.index_BS, **self._options(),
+            q, keys, values, index_q, index_keys, index_w, positions=index_BT, kv_positions=whole(new.index_BS), **self._options(),
         )  # fmt: skip
         return self._output(out, x_BTD), new
 

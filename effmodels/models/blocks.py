@@ -11,6 +11,7 @@ from flax import nnx
 
 from effmodels.layers.context import dropout
 from effmodels.layers.norms import NORMS
+from effmodels.mixers import caches
 from effmodels.models import sharing
 from effmodels.parallel import pipeline, stack
 
@@ -194,17 +195,21 @@ class Segment(nnx.Module):
     def decode(self, x, ctx, states, call, shared):
         """(y, states) where call(block, x, ctx, state) is a block's prefill or step."""
 
-        def body(blocks, x, xs, shared):
-            first_layer, old = xs
+        def period(blocks, x, first_layer, old, shared):
             new = []
             for p, block in enumerate(_bound(blocks, self.sources, shared)):
                 x, state = call(block, x, ctx.at_layer(first_layer + p), old[p])
                 new.append(state)
             return x, tuple(new)
 
+        def body(blocks, carry, repeat, shared):
+            (x, states), first_layer = carry, self._first_layers(repeat)
+            x, new = period(blocks, x, first_layer, caches.layer_of(states, repeat), shared)
+            return (x, caches.stacked(states, new, repeat)), None
+
         if self.repeats == 1:
-            return body(Period(self.blocks), x, (self.start, states), shared)
-        return stack.scan(body, Period(self.blocks), x, (self._first_layers(), states), shared=shared)
+            return period(Period(self.blocks), x, self.start, states, shared)
+        return stack.scan(body, Period(self.blocks), (x, states), jnp.arange(self.repeats, dtype=jnp.int32), shared=shared)[0]
 
     def _first_layers(self, repeats=None):
         return self.start + self.period * (jnp.arange(self.repeats, dtype=jnp.int32) if repeats is None else repeats)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from effmodels.config import ConfigError
+from effmodels.decode.weights import read_as
 from effmodels.models import state as model_state
 from effmodels.models.resolve import resolve
 from effmodels.parallel import axes, layouts
@@ -151,7 +152,9 @@ class _Decoding:
     def __init__(self, setup, rules):
         c, self.setup, self.mesh, self.rules = setup.config, setup, setup.mesh, rules
         self.graphdef = model_state.split(setup.model)[0]
-        self.params, self.buffers = self._place(setup.abstract_params), self._place(setup.abstract_buffers)
+        narrow = read_as(c.model)
+        params = {p: jax.ShapeDtypeStruct(a.shape, narrow.get(p, a.dtype)) for p, a in setup.abstract_params.items()}
+        self.params, self.buffers = self._place(params), self._place(setup.abstract_buffers)
         state = decoding.state(c.model, c.batch_size, c.seq_len)
         self.notes = list(decoding.notes(state, setup.mesh.shape, rules))
         self.state = jax.tree_util.tree_map_with_path(self._state_array, state)
