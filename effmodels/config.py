@@ -166,8 +166,9 @@ CHOICES = {
 }
 REMAT = ("none", "full", "dots", "dots_no_batch")
 SAVE, OFFLOAD = "save:", "offload:"
-# What remat="save:...+offload:..." may name: results of matrix products by the weight's output dim, and what the kernels return.
-SAVEABLE = ("heads", "kv_heads", "embed", "mlp", "expert_mlp", "kernel")
+# What remat="save:...+offload:..." may name: results of matrix products by the weight's output dim (queries and keys rotated), what the
+# kernels return, and rows as they reached their experts.
+SAVEABLE = ("heads", "kv_heads", "embed", "mlp", "dispatch", "expert_mlp", "kernel")
 
 
 def named_remat(remat):

@@ -124,8 +124,8 @@ class MoE(ChannelMixer):
         biases = tuple(getattr(self, "b_" + n)[...] for n in (*names, "out")) if c.bias else ()
         # Decoding has few rows, which a bound in multiples of their mean would not fit.
         y_BTD, overflow = expert_ffn(
-            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], function, capacity=limit, exact=ctx.mode != "train",
-            biases=biases, return_overflow=True, implementation=self.env.implementation,
+            x_BTD, kept.ids_BTk, kept.weights_BTk, w_in, self.w_out[...], function, biases=biases, capacity=limit,
+            groups=(c.groups, c.top_groups), exact=ctx.mode != "train", return_overflow=True, implementation=self.env.implementation,
         )  # fmt: skip
         if c.shared_experts:
             y_BTD = y_BTD + self._shared(x_BTD, ctx)

@@ -72,9 +72,10 @@ GROUP_SCORES = {"top2": 2, "max": 1}
 def _limit_to_groups(choice_BTE, groups, top_groups, best):
     B, T, E = choice_BTE.shape
     grouped_BTGe = choice_BTE.reshape(B, T, groups, E // groups)
-    group_score_BTG = jnp.sum(jax.lax.top_k(grouped_BTGe, min(best, E // groups))[0], axis=-1)
-    best_BTg = jax.lax.top_k(group_score_BTG, top_groups)[1]
-    allowed_BTG = jnp.sum(jax.nn.one_hot(best_BTg, groups), axis=-2) > 0
+    best_ids = _largest(grouped_BTGe, min(best, E // groups))
+    group_score_BTG = jnp.sum(_at(grouped_BTGe, best_ids), axis=-1)
+    group_G, best_BTg = jnp.arange(groups), _largest(group_score_BTG, top_groups)
+    allowed_BTG = jnp.any(best_BTg[..., None] == group_G, axis=-2)
     return jnp.where(jnp.repeat(allowed_BTG, E // groups, axis=-1), choice_BTE, -jnp.inf)
 
 

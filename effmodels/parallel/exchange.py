@@ -3,7 +3,8 @@
 Every shard sorts its rows by destination. "padded": each (source, destination) pair has a fixed number of slots, and one `all_to_all` moves
 all of them. "ragged": only rows that exist travel, and lie without gaps in the receiver's buffer (`jax.lax.ragged_all_to_all`: compiled for
 TPUs, not executed on one; XLA has none for CPUs).
-Letters: n shards, M choices of one shard (tokens x k), S rows to send, R rows of the receive buffer, E experts, e of one shard, D model.
+Letters: n shards, N tokens, M = N k choices of one shard, S rows to send, R rows of the receive buffer, E experts, e of one shard.
+A row is an array [D], or [D / 128, 128], which a TPU moves faster.
 """
 import functools
 import math
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.unwritten import unwritten
 
 
 class Route(NamedTuple):
@@ -28,7 +31,23 @@ def pair_rows(batch, time, k, num_experts, shards, *, capacity=None, recv_bound=
     row of the batch) limits what all of them can take. recv_bound: a multiple of the mean, tokens x k / shards.
     """
     worst = batch * min(time * k, num_experts // shards * (time if capacity is None else min(time, capacity)))
-    return worst if recv_bound is None else min(worst, math.ceil(recv_bound * batch * time * k / shards))
+    return _bounded(worst, recv_bound, batch * time * k / shards)
+
+
+def pair_copies(batch, time, copies, num_experts, shards, *, capacity=None, recv_bound=None):
+    """`pair_rows` where a token travels once to each shard with experts of it, to at most `copies` shards."""
+    worst = pair_rows(batch, time, 1, num_experts, shards, capacity=capacity)
+    return _bounded(worst, recv_bound, batch * time * copies / shards)
+
+
+def copies(k, num_experts, shards, groups=1, top_groups=1):
+    """To how many shards at most a token travels: its k experts lie in top_groups of that many groups."""
+    reach = max(1, shards // groups) * top_groups if groups > 1 and (shards % groups == 0 or groups % shards == 0) else shards
+    return min(k, shards, reach)
+
+
+def _bounded(worst, recv_bound, mean):
+    return worst if recv_bound is None else min(worst, math.ceil(recv_bound * mean))
 
 
 def route(wanted_nn, form, rows):
@@ -70,6 +89,11 @@ class Exchange:
         choice_S = jnp.where(slot_R < sizes_n[:, None], order_M[rank_nR], -1).reshape(-1)
         return choice_S, jnp.where(sent_M, to_M * self.rows + behind_M, -1)
 
+    def landing(self, ids_M, rank_M):
+        """Where in its receiver's buffer the row of each choice lands, if it is sent."""
+        to_M = jnp.minimum(ids_M // self.counts_nne.shape[2], self.counts_nne.shape[0] - 1)
+        return self.route.places[self.me][to_M] + rank_M - self.route.starts[self.me][to_M]
+
     def received(self):
         """int32 [n, e + 1]: rows in the receive buffer from each source for each expert here, and the empty rows that follow them."""
         counts_ne, sizes_n, places_n = self.counts_nne[:, self.me], self.route.sizes[:, self.me], self.route.places[:, self.me]
@@ -82,20 +106,29 @@ class Exchange:
         (sizes, starts, places), me = self.route, self.me
         return (starts[me], sizes[me], places[me], sizes[:, me]), (places[:, me], sizes[:, me], starts[:, me], sizes[me])
 
-    def there(self, rows_SD):
-        """The received rows [R, D]; those of no sender are 0."""
-        if self.form == "padded":
-            return self._all_to_all(rows_SD)
-        return _ragged(self.axis, (rows_SD.shape[0], self.total), rows_SD, *self.offsets())
+    def take(self, k, x_N, choice_S, slot_M):
+        """The rows to send, of x: choice m is row m % N; see `send_order`."""
+        return take_rows(k, (self.form == "padded", True), x_N, choice_S, slot_M)
 
-    def back(self, rows_RD, sent):
-        """Rows of the receive buffer returned to where they came from, [sent, D]."""
-        if self.form == "padded":
-            return self._all_to_all(rows_RD)
-        return _ragged(self.axis, (self.total, sent), rows_RD, *self.offsets()[::-1])
+    def add(self, k, y_S, choice_S, slot_M):
+        """For every n the sum of the rows of its k choices, those without a slot left out."""
+        return sum_rows(k, (True, self.form == "padded"), y_S, slot_M, choice_S)
 
-    def _all_to_all(self, rows_SD):
-        return jax.lax.all_to_all(rows_SD.reshape(-1, self.rows, rows_SD.shape[1]), self.axis, 0, 0, tiled=True).reshape(rows_SD.shape)
+    def there(self, rows_S):
+        """The received rows [R, ...]; those of no sender hold anything."""
+        if self.form == "padded":
+            return self._all_to_all(rows_S)
+        return _ragged(self.axis, (rows_S.shape[0], self.total), rows_S, *self.offsets())
+
+    def back(self, rows_R, sent):
+        """Rows of the receive buffer returned to where they came from, [sent, ...]; those that were not sent hold anything."""
+        if self.form == "padded":
+            return self._all_to_all(rows_R)
+        return _ragged(self.axis, (self.total, sent), rows_R, *self.offsets()[::-1])
+
+    def _all_to_all(self, rows_S):
+        blocks_nS = rows_S.reshape(-1, self.rows, *rows_S.shape[1:])
+        return jax.lax.all_to_all(blocks_nS, self.axis, 0, 0, tiled=True).reshape(rows_S.shape)
 
 
 def share_counts(counts_E, axis):
@@ -112,8 +145,13 @@ def regroup(blocks_nL, total):
     by_row, by_column = blocks_nL.reshape(-1), blocks_nL.T.reshape(-1)
     shift_nL = _before(by_column, 0).reshape(blocks_nL.T.shape).T - _before(by_row, 0).reshape(blocks_nL.shape)
     row_R = jnp.arange(total, dtype=jnp.int32)
-    index_R = row_R - jnp.repeat(shift_nL.T.reshape(-1), by_column, total_repeat_length=total)
-    return index_R, row_R + jnp.repeat(shift_nL.reshape(-1), by_row, total_repeat_length=total)
+    return row_R - _of_each_row(shift_nL.T.reshape(-1), by_column, row_R), row_R + _of_each_row(shift_nL.reshape(-1), by_row, row_R)
+
+
+def _of_each_row(numbers, sizes, row_R):
+    """The number of each row's block, as masked sums: `jnp.repeat` gathers them one after the other."""
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where((row_R >= ends - sizes[:, None]) & (row_R < ends), numbers[:, None], 0), axis=0)
 
 
 def _before(x, axis):
@@ -121,66 +159,59 @@ def _before(x, axis):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged(axis, sizes, rows_SD, there, back):
+def _ragged(axis, sizes, rows_S, there, back):
     """Its gradient is the same exchange the other way round; jax's own rule would first exchange the offsets again."""
-    output = jnp.zeros((sizes[1], rows_SD.shape[1]), rows_SD.dtype)
-    return jax.lax.ragged_all_to_all(rows_SD, output, *there, axis_name=axis)
+    # Not zeroed: on a TPU that takes as long as a third of the matmuls (docs/log.md).
+    output = unwritten((sizes[1], *rows_S.shape[1:]), rows_S.dtype, after=rows_S)
+    return jax.lax.ragged_all_to_all(rows_S, output, *there, axis_name=axis)
 
 
-def _ragged_fwd(axis, sizes, rows_SD, there, back):
-    return _ragged(axis, sizes, rows_SD, there, back), (there, back)
+def _ragged_fwd(axis, sizes, rows_S, there, back):
+    return _ragged(axis, sizes, rows_S, there, back), (there, back)
 
 
-def _ragged_bwd(axis, sizes, offsets, dy_RD):
+def _ragged_bwd(axis, sizes, offsets, dy_R):
     there, back = offsets
-    return _ragged(axis, sizes[::-1], dy_RD, back, there), None, None
+    return _ragged(axis, sizes[::-1], dy_R, back, there), None, None
 
 
 _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def take_rows(k, x_ND, index_R, inverse_M):
-    """Row index % N of x, 0 where the index is -1; [R, D]. inverse_M (M = k N): the r with index[r] = m, or -1.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def take_rows(k, gaps, x_N, index_S, inverse_M):
+    """Row index % N of x, [S, ...]; inverse_M (M = k N): the s with index[s] = m. gaps: whether index, and inverse, hold -1 for none.
 
     Both directions are gathers: no scatter-add, so gradients repeat bit for bit on every device.
     """
-    return jnp.where(index_R[:, None] >= 0, x_ND[index_R % x_ND.shape[0]], 0)
+    return _filled(gaps[0], index_S, x_N[index_S % x_N.shape[0]])
 
 
-def _take_rows_fwd(k, x_ND, index_R, inverse_M):
-    return take_rows(k, x_ND, index_R, inverse_M), (index_R, inverse_M)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sum_rows(k, gaps, y_S, index_M, inverse_S):
+    """The transpose of `take_rows`: for every n the sum of its k rows y[index[n]], y[index[N + n]], ..., always in that order; [N, ...]."""
+    y_kN, index_kN = y_S[index_M % y_S.shape[0]].reshape(k, -1, *y_S.shape[1:]), index_M.reshape(k, -1)
+    # Added one by one: a TPU's reduction over a leading dim takes longer. Gaps are left out here, since before it is a pass of its own.
+    rows = (_filled(gaps[0], index_N, y_N) for index_N, y_N in zip(index_kN, y_kN))
+    total = sum(y_N.astype(jnp.promote_types(y_S.dtype, jnp.float32)) for y_N in rows).astype(y_S.dtype)
+    # Rows in tiles: without a barrier XLA brings all that are added into the layout of what follows, not their sum.
+    return total if y_S.ndim == 2 else jax.lax.optimization_barrier(total)
 
 
-def _take_rows_bwd(k, residuals, dy_RD):
-    index_R, inverse_M = residuals
-    dx_MD = take_rows(1, dy_RD, inverse_M, index_R)
-    return jnp.sum(dx_MD.reshape(k, -1, dx_MD.shape[1]), axis=0), None, None
+def _filled(gaps, index_S, rows_S):
+    return jnp.where(index_S.reshape(-1, *[1] * (rows_S.ndim - 1)) >= 0, rows_S, 0) if gaps else rows_S
 
 
-take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
+def _keep_places(f):
+    return lambda k, gaps, rows, index, inverse: (f(k, gaps, rows, index, inverse), (index, inverse))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def spread_rows(k, x_ND, order_M, rank_M):
-    """`take_rows` where order is a permutation of all M = k N choices and rank its inverse: no row is missing; [M, D]."""
-    return x_ND[order_M % x_ND.shape[0]]
+def _transposed_by(f):
+    return lambda k, gaps, places, dy: (f(k, gaps[::-1], dy, *places[::-1]), None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_rows(k, y_MD, order_M, rank_M):
-    """The transpose of `spread_rows`: for every n the sum of its k rows y[rank[n]], y[rank[N + n]], ..., always in that order; [N, D]."""
-    y_kND = y_MD[rank_M].reshape(k, -1, y_MD.shape[1])
-    # Added one by one: a TPU's reduction over a leading dim takes longer.
-    return sum(y_ND.astype(jnp.promote_types(y_ND.dtype, jnp.float32)) for y_ND in y_kND).astype(y_MD.dtype)
-
-
-def _keep_permutation(f):
-    return lambda k, rows, order_M, rank_M: (f(k, rows, order_M, rank_M), (order_M, rank_M))
-
-
-spread_rows.defvjp(_keep_permutation(spread_rows), lambda k, permutation, dy_MD: (sum_rows(k, dy_MD, *permutation), None, None))
-sum_rows.defvjp(_keep_permutation(sum_rows), lambda k, permutation, dx_ND: (spread_rows(k, dx_ND, *permutation), None, None))
+take_rows.defvjp(_keep_places(take_rows), _transposed_by(sum_rows))
+sum_rows.defvjp(_keep_places(sum_rows), _transposed_by(take_rows))
 
 
 @jax.custom_vjp

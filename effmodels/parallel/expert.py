@@ -3,7 +3,6 @@
 Letters: B batch, T time, D model, F ffn, E experts, k choices per token, N tokens and M = N k choices of one shard, R rows of a buffer.
 """
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from effmodels.config import ConfigError
-from effmodels.parallel import axes, exchange, ops, options, scatter
+from effmodels.parallel import axes, exchange, ops, options, scatter, travel
 from pallas_kernels.target import target
 
 
 def expert_ffn(
-    x_BTD, ids_BTk, weights_BTk, w_in, w_out_EFD, activation, *, biases=(), capacity=None, exact=False, return_overflow=False,
-    implementation=None,
+    x_BTD, ids_BTk, weights_BTk, w_in, w_out_EFD, activation, *, biases=(), capacity=None, groups=(1, 1), exact=False,
+    return_overflow=False, implementation=None,
 ):  # fmt: skip
     """Sum over k of weights * expert(x), each token computed by the experts named in ids; [B, T, D] in x's dtype.
 
@@ -28,8 +27,9 @@ def expert_ffn(
 
     Experts that are split over a mesh axis stay where they are and tokens travel, as `parallel.experts` says; with "gather" the weights
     do. What `parallel.recv_bound` leaves no room for becomes NaN, so that the step fails; exact=True makes room for the worst case.
-    capacity: tokens that one expert is asked for of one row at most, which makes buffers smaller. return_overflow: (y, how many choices of
-    all shards found no room, float32). Raises ConfigError for sizes that do not divide.
+    capacity: tokens that one expert is asked for of one row at most; groups: (number of equal groups of experts, of how many of them a
+    token's experts are at most): both make buffers smaller. return_overflow: (y, how many choices of all shards found no room, float32).
+    Raises ConfigError for sizes that do not divide.
     """
     mesh, num_experts = axes.current_mesh(), w_out_EFD.shape[0]
     columns, over, way = ops.weight_axes("expert_mlp", "batch", "seq"), _expert_axes(), None
@@ -37,7 +37,7 @@ def expert_ffn(
         dims = ("expert" if over else None, "expert_mlp" if columns else None, None)
         axes.checked_spec(w_out_EFD.shape, dims, mesh=mesh, array="experts")
     if over:
-        way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact)
+        way = _way(over, x_BTD.shape, ids_BTk.shape[-1], num_experts, capacity, exact, groups)
     # Cast here, so that the sum of their gradients over other shards travels in the compute dtype.
     *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
     parts, named_biases = len(w_in), {f"b{i}": b.astype(x_BTD.dtype) for i, b in enumerate(biases)}
@@ -67,6 +67,8 @@ def expert_ffn(
             y_RD = matmul((h_RF * weights_R[:, None]).astype(rows_RD.dtype), w_out)
             if biases:
                 y_RD = y_RD + (of_each_row(biases[-1], group_sizes_e, R) * weights_R[:, None]).astype(y_RD.dtype)
+                # Past the last group the gradient of y may be anything, and a one-hot matrix times that is no zero.
+                y_RD = jnp.where((jnp.arange(R) < jnp.sum(group_sizes_e))[:, None], y_RD, 0)
             return y_RD
 
         y, overflow = _routed(x, ids, weights, ffn, num_experts, way)
@@ -87,7 +89,7 @@ def side_by_side(rows, experts, columns):
 
     Copied for that, the matrices must be smaller than the rows.
     """
-    return rows >= 2 * experts * columns
+    return rows >= 4 * experts * columns
 
 
 def of_each_row(vectors_eF, group_sizes_e, rows):
@@ -100,39 +102,26 @@ def of_each_row(vectors_eF, group_sizes_e, rows):
     return jnp.matmul(own_Re.astype(vectors_eF.dtype), vectors_eF, precision="highest")
 
 
-LANES = 128  # a row that travels fills them
-
-
-class _Way(NamedTuple):
-    """How tokens reach experts of other shards."""
-
-    form: str  # "padded" or "ragged"
-    axis: tuple  # mesh axes that split the experts
-    rows: int  # per pair of shards, see `exchange.pair_rows`
-    may_overflow: bool
-    row_axes: tuple  # mesh axes that split the tokens
-
-
 def _expert_axes():
     mesh, rules = axes.current_mesh(), axes.current_rules()
     return () if mesh is None else tuple(a for a in axes.as_tuple(rules["expert"]) if mesh.shape.get(a, 1) > 1)
 
 
-def room(batch, time, k, num_experts, capacity=None):
-    """(form, rows that each pair of shards has room for, those of the worst case, those of even loads) under the mesh in force.
+def room(batch, time, k, num_experts, capacity=None, groups=(1, 1)):
+    """(Way, rows that each pair of shards has room for in the worst case, those of even loads) under the mesh in force.
 
     None where no token travels: experts that are not split, or parallel.experts="gather".
     """
     over = _expert_axes()
-    way = _way(over, (batch, time), k, num_experts, capacity, exact=False) if over else None
+    way = _way(over, (batch, time), k, num_experts, capacity, False, groups) if over else None
     if way is None:
         return None
     even = batch * time * k // (axes.shards("batch") * axes.shards("seq") * math.prod(axes.current_mesh().shape[a] for a in over))
-    return way.form, way.rows, _way(over, (batch, time), k, num_experts, capacity, exact=True).rows, even
+    return way, _way(over, (batch, time), k, num_experts, capacity, True, groups).rows, even
 
 
-def _way(over, shape, k, num_experts, capacity, exact):
-    """The _Way of a batch of this shape over these mesh axes; None: the weights travel."""
+def _way(over, shape, k, num_experts, capacity, exact, groups):
+    """The Way of a batch of this shape over these mesh axes; None: the weights travel."""
     mesh, rules, chosen = axes.current_mesh(), axes.current_rules(), options.current()
     form, on_cpu = chosen.experts, target().platform == "cpu"
     if form == "auto":
@@ -141,11 +130,10 @@ def _way(over, shape, k, num_experts, capacity, exact):
         return None
     if form == "ragged" and on_cpu:
         raise ConfigError("parallel.experts='ragged': XLA has no ragged all-to-all on CPUs. Use 'padded', or 'auto', which picks it there.")
-    local = shape[0] // axes.shards("batch"), shape[1] // axes.shards("seq"), k, num_experts, math.prod(mesh.shape[a] for a in over)
-    worst = exchange.pair_rows(*local, capacity=capacity)
-    rows = worst if exact else exchange.pair_rows(*local, capacity=capacity, recv_bound=chosen.recv_bound)
+    tokens, shards = (shape[0] // axes.shards("batch"), shape[1] // axes.shards("seq")), math.prod(mesh.shape[a] for a in over)
     row_axes = tuple(a for dim in ("batch", "seq") for a in axes.as_tuple(rules[dim]) if mesh.shape.get(a, 1) > 1)
-    return _Way(form, over, rows, rows < worst, row_axes)
+    bounds = {"capacity": capacity, "recv_bound": None if exact else chosen.recv_bound}
+    return travel.way(form, over, tokens, k, num_experts, shards, groups=groups, row_axes=row_axes, **bounds)
 
 
 def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way):
@@ -156,37 +144,17 @@ def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way):
     B, T, D = x_BTD.shape
     k, x_ND = ids_BTk.shape[-1], x_BTD.reshape(B * T, D)
     ids_M, weights_M = (a.reshape(B * T, k).T.reshape(-1) for a in (ids_BTk, weights_BTk))
-    order_M = jnp.argsort(ids_M, stable=True)
-    rank_M = jnp.argsort(order_M)
     counts_E = jnp.sum(ids_M == jnp.arange(num_experts, dtype=ids_M.dtype)[:, None], axis=1, dtype=jnp.int32)
     overflow = jnp.zeros((), jnp.float32)
     if way is None:
+        order_M = jnp.argsort(ids_M, stable=True)
+        rank_M = jnp.argsort(order_M)
         # Weighted before the last matrix, so that the backward pass needs none of its products, neither to compute nor to sort back.
-        weights_R = exchange.permuted(weights_M, order_M, rank_M)
-        y_RD = ffn(exchange.spread_rows(k, x_ND, order_M, rank_M), counts_E, weights_R)
-        return exchange.sum_rows(k, y_RD, order_M, rank_M).reshape(B, T, D), overflow
-    y_MD, lost_M = _exchanged(x_ND, weights_M, k, ids_M, (order_M, rank_M), counts_E, ffn, way)
-    # A wrong result that looks right is worse than none.
-    y_MD = jnp.where(lost_M[:, None], jnp.nan, y_MD)
+        weights_R = travel.kept(exchange.permuted(weights_M, order_M, rank_M))
+        y_RD = ffn(travel.kept(exchange.take_rows(k, (False, False), x_ND, order_M, rank_M)), counts_E, weights_R)
+        return exchange.sum_rows(k, (False, False), y_RD, rank_M, order_M).reshape(B, T, D), overflow
+    y_ND, lost_kN = travel.there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way)
     if way.may_overflow:
-        overflow = jax.lax.psum(jnp.sum(lost_M, dtype=jnp.float32), way.row_axes)
-    # In token order, so that sums are in a fixed order and repeat bit for bit.
-    return jnp.sum(y_MD.reshape(k, B, T, D), axis=0), overflow
-
-
-def _exchanged(x_ND, weights_M, k, ids_M, order, counts_E, ffn, way):
-    """(y_MD, lost_M): each choice's weighted output, computed where its expert is, and which choices were routed but found no room.
-
-    The weights travel too: applied before the last matrix, its products are not made again, and not sent back, for the backward pass.
-    """
-    path = exchange.Exchange(way.form, way.rows, exchange.share_counts(counts_E, way.axis), jax.lax.axis_index(way.axis), way.axis)
-    choice_S, slot_M = path.send_order(ids_M, *order)
-    blocks = path.received()
-    index_R, inverse_R = exchange.regroup(blocks, path.total)
-    received_RD = path.there(exchange.take_rows(k, x_ND, choice_S, slot_M))
-    weights_ML = jnp.broadcast_to(weights_M[:, None], (*weights_M.shape, LANES))
-    weights_RL = exchange.take_rows(1, path.there(exchange.take_rows(1, weights_ML, choice_S, slot_M)), index_R, inverse_R)
-    rows_RD, sizes_e = exchange.take_rows(1, received_RD, index_R, inverse_R), jnp.sum(blocks[:, :-1], axis=0, dtype=jnp.int32)
-    y_RD = ffn(rows_RD, sizes_e, weights_RL[:, 0])
-    returned_SD = path.back(exchange.take_rows(1, y_RD, inverse_R, index_R), choice_S.shape[0])
-    return exchange.take_rows(1, returned_SD, slot_M, choice_S), (slot_M < 0) & (ids_M < counts_E.shape[0])
+        overflow = jax.lax.psum(jnp.sum(lost_kN, dtype=jnp.float32), way.row_axes)
+    # A wrong result that looks right is worse than none.
+    return jnp.where(jnp.any(lost_kN, axis=0)[:, None], jnp.nan, y_ND).reshape(B, T, D), overflow

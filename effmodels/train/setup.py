@@ -175,15 +175,18 @@ class Setup:
             each = [f"{share:.0%} of the devices at work {where[w]}" for w, share in shares.items()]
             lines.append("; ".join([f"sequence: {self.pieces} parts, {self.options.layout}, {self.options.attention}", *each]))
         width = c.model.d_model * jnp.dtype(c.model.compute_dtype).itemsize
-        return lines + [
-            f"{part.name}: {part.config.num_experts} experts on {parts} devices, {form}; each pair of them has room for {rows:,} rows "
-            f"(worst case {worst:,}, even loads {even:,}), {rows * parts * width / 1e6:,.1f} MB of buffer per device and direction"
-            for part, parts, (form, rows, worst, even) in self._exchanges()
-        ]
+        for part, parts, (way, worst, even) in self._exchanges():
+            tokens = f"a token travels to {way.copies} of them at most, each pair has room for {way.copy_rows:,}; " if way.once else ""
+            lines.append(
+                f"{part.name}: {part.config.num_experts} experts on {parts} devices, {way.form}; {tokens}each pair has room for "
+                f"{way.rows:,} choices (worst case {worst:,}, even loads {even:,}), {way.arriving * parts * width / 1e6:,.1f} MB of buffer "
+                "per device and direction"
+            )
+        return lines
 
     def filled(self):
         """The share of the experts' buffers that holds tokens where loads are even (of the fullest kind of layer; 1: nothing travels)."""
-        return max((min(1.0, even / rows) for _, _, (_, rows, _, even) in self._exchanges()), default=1.0)
+        return max((min(1.0, even / way.rows) for _, _, (way, _, even) in self._exchanges()), default=1.0)
 
     def _exchanges(self):
         """(part, devices, `room`) of each kind of MoE layer whose tokens travel to experts on other devices."""
@@ -191,7 +194,8 @@ class Setup:
         for part in dict.fromkeys(kind.channel for kind in resolve(c.model).layers if kind.channel.cls.reports_load):
             e, parts = part.config, axes.shards("expert", mesh=self.mesh, rules=self.rules)
             with self.context():
-                rooms = room(self.micro_batch, c.seq_len, e.top_k, e.num_experts, e.capacity_factor and capacity(e, c.seq_len))
+                limit = e.capacity_factor and capacity(e, c.seq_len)
+                rooms = room(self.micro_batch, c.seq_len, e.top_k, e.num_experts, limit, (e.groups, e.top_groups))
             if rooms:
                 found.append((part, parts, rooms))
         return found

@@ -29,19 +29,23 @@ def loss_of(remat, implementation="reference", config=CONFIG):
 
 def products(remat, *args):
     """How many matrix products (with the grouped ones) the loss and all gradients take, by their place in the program."""
+    return count(("dot_general", "ragged_dot", "ragged_dot_general"), remat, *args)
+
+
+def count(primitives, remat, *args):
     loss, params = loss_of(remat, *args)
-    return sum(_count(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    return sum(_count(primitives, jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
 
 
-def _count(jaxpr):
+def _count(primitives, jaxpr):
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "ragged_dot", "ragged_dot_general"):
+        if eqn.primitive.name in primitives:
             yield 1
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from _count(inner)
+                    yield from _count(primitives, inner)
 
 
 def test_each_name_saves_the_products_that_it_names():
@@ -62,6 +66,12 @@ def test_a_kernel_that_is_kept_does_not_run_again():
     counts = {remat: products(remat, "xla", config) for remat in ("full", "save:kernel", "save:heads,kv_heads,kernel")}
     assert counts["full"] - counts["save:kernel"] == 2, "scores and values of one block"
     assert counts["save:kernel"] - counts["save:heads,kv_heads,kernel"] == 3
+
+
+def test_queries_and_keys_that_are_kept_do_not_rotate_again():
+    """Each rotation puts two halves together, forward, again, and not in its gradient; a period has two layers."""
+    counts = {remat: count(("concatenate",), remat) for remat in ("none", "full", "save:heads,kv_heads")}
+    assert counts["full"] > counts["save:heads,kv_heads"] == counts["none"]
 
 
 @pytest.mark.slow

@@ -115,11 +115,11 @@ def test_rows_spread_to_choices_and_summed_back_as_plain_indexing(k, x64):
     """Values and gradients of both directions, and of single numbers put in order by a sort; N and M = k N odd."""
     rng, N, D = np.random.default_rng(k), 7, 3
     order = rng.permutation(k * N)
-    rank = np.argsort(order)
+    rank, whole = np.argsort(order), (False, False)
     x, y, w = rng.normal(size=(N, D)), rng.normal(size=(k * N, D)), rng.normal(size=k * N)
     forms = {
-        "spread": (lambda a: exchange.spread_rows(k, a, order, rank), lambda a: jnp.tile(a, (k, 1))[order], x),
-        "sum": (lambda a: exchange.sum_rows(k, a, order, rank), lambda a: sum(a[rank][j * N : (j + 1) * N] for j in range(k)), y),
+        "take": (lambda a: exchange.take_rows(k, whole, a, order, rank), lambda a: jnp.tile(a, (k, 1))[order], x),
+        "sum": (lambda a: exchange.sum_rows(k, whole, a, rank, order), lambda a: sum(a[rank][j * N : (j + 1) * N] for j in range(k)), y),
         "permuted": (lambda a: exchange.permuted(a, order, rank), lambda a: a[order], w),
     }
     for name, (form, plain, a) in forms.items():

@@ -18,7 +18,7 @@ from effmodels.layers.context import Ctx
 from effmodels.mixers.base import Env
 from effmodels.models import Decoder
 from effmodels.models import state as model_state
-from effmodels.parallel import axes, exchange, expert, layouts, mesh
+from effmodels.parallel import axes, exchange, expert, layouts, mesh, travel
 from effmodels.parallel.options import Options
 from effmodels.plan import hlo, topology
 from effmodels.plan.compiled.collectives import collectives
@@ -74,13 +74,15 @@ def ragged_by_gathers(operand, output, input_offsets, send_sizes, output_offsets
         here = at - places[source, me]
         inside = (here >= 0) & (here < sizes[source, me])
         got = rows[source][jnp.clip(starts[source, me] + here, 0, rows.shape[1] - 1)]
-        output = jnp.where(inside[:, None], jnp.where(sizes[source, me] == recv_sizes[source], got, jnp.nan), output)
+        inside = inside.reshape(-1, *[1] * (got.ndim - 1))
+        output = jnp.where(inside, jnp.where(sizes[source, me] == recv_sizes[source], got, jnp.nan), output)
     return output
 
 
 @pytest.fixture
 def ragged(monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_gathers)
+    monkeypatch.setattr(exchange, "unwritten", lambda shape, dtype, after: jnp.full(shape, jnp.nan, dtype))  # as bad as memory can be
     monkeypatch.setattr(expert, "target", lambda: Target("tpu", "TPU v4"))
 
 
@@ -92,6 +94,10 @@ MESHES = {
     "fsdp, seq": ({"expert": 2, "data": 1, "fsdp": 2, "seq": 2}, 2, {}),
     "experts over two axes": ({"expert": 2, "fsdp": 2}, 2, {"expert": ("expert", "fsdp"), "embed": None}),
     "tokens whole on the expert axis": ({"expert": 2, "data": 4}, 2, {"batch": "data"}),
+    # A token has several of its experts on a shard, and travels there once.
+    "4 choices on 2 shards": ({"expert": 2}, 4, {}),
+    "5 choices on 4 shards": ({"expert": 4}, 5, {}),
+    "3 choices on 2 shards, data, tensor": ({"expert": 2, "data": 2, "tensor": 2}, 3, {}),
 }
 
 
@@ -108,7 +114,7 @@ def test_padded_under_a_mesh_as_on_one_device(case, x64):
     check(*MESHES[case], "padded")
 
 
-@pytest.mark.parametrize("case", ["fsdp, seq", "expert 8"])
+@pytest.mark.parametrize("case", ["fsdp, seq", "expert 8", "4 choices on 2 shards", "5 choices on 4 shards"])
 def test_ragged_under_a_mesh_as_on_one_device(case, x64, ragged):
     check(*MESHES[case], "ragged")
 
@@ -205,7 +211,7 @@ def test_experts_that_do_not_divide_say_so():
 def test_auto_takes_what_the_platform_has(platform, form, monkeypatch):
     monkeypatch.setattr(expert, "target", lambda: Target(platform, ""))
     with axes.use(mesh.make_mesh({"expert": 4})):
-        assert expert._way(("expert",), (B, T, D), 2, E, None, False).form == form
+        assert expert._way(("expert",), (B, T, D), 2, E, None, False, (1, 1)).form == form
 
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden": 6, "capacity_factor": 0.9, "balance": "batch", "z_coef": 0.1, "shared_experts": 1}
@@ -327,7 +333,7 @@ def test_bytes_of_a_program_compiled_for_v4(form):
     assert len(over_experts) == len(travelled) + 2 and all(c.group == n for c in travelled)
     # Of a ragged exchange the program shows the buffers; what travels are the rows that exist, length x k of every shard.
     rows = {room} if form == "padded" else {room, length * k}
-    data, weights = ([c for c in travelled if c.size in {r * row for r in rows}] for row in (D * 2, expert.LANES * 4))
+    data, weights = ([c for c in travelled if c.size in {r * row for r in rows}] for row in (D * 2, travel.LANES * 4))
     assert (len(data), len(weights), len(travelled)) == (5, 3, 8)
     assert all(c.times == layers for c in data)  # the weights are those of every layer here, and may travel once
 
