@@ -220,6 +220,30 @@ def test_the_decoding_state_is_what_the_compiled_step_holds(rules, heads):
     assert all(note.startswith(told) for note in held.notes)
 
 
+def test_serving_holds_weights_as_they_are_read_and_cuts_caches_and_experts_out_of_their_stacks():
+    """In bfloat16 but for routers; a scan over layers reads what kernels need of a stack twice, layers of their own do not."""
+    c = small()
+    c.model.pattern, c.model.mixers = ("attention",), {"attention": {"num_heads": 4}}
+    c.model.channel, c.model.channels = ("moe",), {"moe": {"num_experts": 8, "top_k": 2, "hidden": 64}}
+    c.model.compute_dtype, c.model.scan_layers = "bfloat16", True
+    c.mesh.update(data=2, tensor=4)
+    setup = Setup(c, lambda text: None, jax.devices()[:8])
+    held = step._Decoding(setup, axes.decode_rules(setup.rules))
+    moved = {}
+    for c.model.scan_layers in (True, False):
+        for what in ("prefill", "decode"):
+            plan = closed_form.plan(c, cpus(8), what=what)
+            assert plan.memory.parameters == held.record()["bytes"]["parameters"]
+            moved[c.model.scan_layers, what] = sum(o.bytes for o in plan.operations if o.kind != "collective")
+    stored = abstract.run(c, cpus(8))
+    routers = c.model.num_layers * c.model.d_model * 8 * 4
+    assert plan.memory.parameters == (stored.bytes("params") - routers) / 2 + routers
+    experts = c.model.num_layers * 8 * 3 * c.model.d_model * 64 / 4 * 2  # columns over `tensor`
+    assert moved[True, "prefill"] - moved[False, "prefill"] == experts
+    caches = plan.memory.activations - 16 // 2 * 4  # the state also holds the length of each row
+    assert moved[True, "decode"] - moved[False, "decode"] == experts + caches
+
+
 @pytest.mark.parametrize("name, number, expected", [
     ("v4:2x2x1", 4, 2), ("v4:2x2x1", 2, 1),  # nothing closes
     ("v4:4x4x4", 4, 2), ("v4:4x4x4", 16, 4), ("v4:4x4x4", 64, 6), ("v4:4x4x4", 2, 1), ("v4:8x8x16", 4, 1), ("v4:8x8x16", 32, 3),

@@ -236,8 +236,10 @@ class Work:
         if phase in ("forward", "backward") or again and phase == "recomputed":
             for part, times in volumes.parts(run, "channel"):
                 if part.cls.reports_load and volumes.travels(run):
-                    buffer = run.size(run.over("expert")) * volumes.pair_rows(run, part.config)[1] * run.config.model.d_model * self.compute
-                    found.append(("exchange", volumes.label(part), times, 2 * liveness.FUSION * buffer))  # there and back
+                    # There and back: rows of experts are gathered, what arrives is gathered too and changes its layout.
+                    way, row = volumes.way(run, part.config), run.size(run.over("expert")) * run.config.model.d_model * self.compute
+                    moved = 2 * row * (liveness.FUSION * way.rows + (liveness.FUSION + 2) * way.arriving)
+                    found.append(("exchange", volumes.label(part), times, moved))
         for name, layer, calls, moved in found:
             seconds = moved / (self.chip.bandwidth * HBM)
             yield Operation(

@@ -5,7 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from effmodels.parallel import axes, exchange, expert
+from effmodels.decode.weights import read_as
+from effmodels.mixers.caches import Slots
+from effmodels.parallel import axes, travel
 from effmodels.plan.formulas import decoding, torus, volumes
 from effmodels.plan.records import Memory, Operation
 from effmodels.train import placement
@@ -24,16 +26,15 @@ def price(run, what):
     state = decoding.local_bytes(held, served.sizes, served.rules)
     tokens = c.seq_len if what == "prefill" else 1
     flops = (run.cost.prefill_flops_per_token if what == "prefill" else run.cost.decode_flops_per_token) * tokens * c.batch_size
-    cast = _cast(served, rate)
     stream = c.batch_size / rows * tokens * c.model.d_model * rate
     memory = Memory(
         available=chip.hbm, parameters=parameters, buffers=served.bytes("buffers"), activations=state,
-        temporaries=int(cast + 6 * stream), program=0,
+        temporaries=int(6 * stream), program=0,
     )  # fmt: skip
-    # Of the embedding single rows are read. The copies are written, and then they are read.
-    table = served.shardings.params["embed"].shard_shape(served.model.state.params["embed"].shape)
-    looked_up = 0 if c.model.tie_embeddings else math.prod(table) * jnp.dtype(c.model.param_dtype).itemsize
-    read = parameters - looked_up + 2 * cast + (state if what == "decode" else 0)
+    # Of the embedding single rows are read. What is cut out is read twice; the copy in between lies on the chip of a v4.
+    embed = served.model.state.params["embed"]
+    looked_up = 0 if c.model.tie_embeddings else math.prod(served.shardings.params["embed"].shard_shape(embed.shape)) * embed.dtype.itemsize
+    read = parameters - looked_up + (state if what == "decode" else 0) + _cut_out(served, held if what == "decode" else None)
     work = flops / run.chips / (chip.flops * PREFILL)
     seconds = work if what == "prefill" else max(work, read / (chip.bandwidth * DECODE))
     kind = "matmul" if what == "prefill" or seconds == work else "memory"
@@ -49,20 +50,25 @@ def price(run, what):
 
 
 def _served(run):
-    """The run under the decoding rules."""
-    rules = axes.decode_rules(run.rules)
+    """The run under the decoding rules, its parameters in the types in which decoding reads them."""
+    rules, types = axes.decode_rules(run.rules), read_as(run.config.model)
     mesh = jax.tree.leaves(run.shardings)[0].mesh
-    return dataclasses.replace(run, rules=rules, shardings=placement.state_shardings(run.model.state, run.model.infos, mesh, rules, False))
+    params = {path: jax.ShapeDtypeStruct(a.shape, types.get(path, a.dtype)) for path, a in run.model.state.params.items()}
+    model = dataclasses.replace(run.model, state=dataclasses.replace(run.model.state, params=params))
+    shardings = placement.state_shardings(model.state, model.infos, mesh, rules, False)
+    return dataclasses.replace(run, rules=rules, model=model, shardings=shardings)
 
 
-def _cast(run, itemsize):
-    """Bytes of the copies of weights in the compute dtype: those that a loop over layers uses have one, others are cast when read."""
-    total = 0
+def _cut_out(run, held):
+    """Bytes that a scan over layers copies from its stacks for a kernel, which reads whole arrays only: experts' matrices, and caches."""
+    repeats, total = [repeats for _, _, repeats in run.model.segments], 0
     for path, array in run.model.state.params.items():
-        place = volumes.PLACE.match(path)
-        if place and run.model.segments[int(place[1])][2] > 1 and array.dtype.itemsize != itemsize:
-            total += math.prod(run.shardings.params[path].shard_shape(array.shape)) * itemsize
-    return total
+        place, info = volumes.PLACE.match(path), run.model.infos[path]
+        if place and repeats[int(place[1])] > 1 and "expert" in info.batch_dims and info.in_dims:
+            total += math.prod(run.shardings.params[path].shard_shape(array.shape)) * array.dtype.itemsize
+    segments = zip(repeats, held.layers if held else ())
+    caches = [state for n, states in segments if n > 1 for state in states if isinstance(state, Slots)]
+    return total + decoding.local_bytes(caches, run.sizes, run.rules)
 
 
 def _travel(run, stream, itemsize):
@@ -92,8 +98,9 @@ def _exchanged(run, stream, mixtures):
     padded = run.options.experts == "padded" or run.options.experts == "auto" and run.platform == "cpu"
     tokens, width = stream // run.config.model.d_model // jnp.dtype(run.config.model.compute_dtype).itemsize, run.config.model.d_model
     for part in mixtures:
-        k, number = part.config.top_k, part.config.num_experts
-        rows = n * exchange.pair_rows(int(tokens), 1, k, number, n) if padded else tokens * k
-        row = 2 * width * jnp.dtype(run.config.model.compute_dtype).itemsize + 4 * expert.LANES
-        yield over, "all-to-all" if padded else "ragged-all-to-all", rows * row * (n - 1) / n
-        yield over, "all-to-all", 4 * number * (n - 1)
+        c = part.config
+        way = travel.way("", over, (int(tokens), 1), c.top_k, c.num_experts, n, groups=(c.groups, c.top_groups))
+        rows, carried = (n * way.arriving, n * way.rows) if padded else (tokens * (way.copies or c.top_k), tokens * c.top_k)
+        sent = rows * 2 * width * jnp.dtype(run.config.model.compute_dtype).itemsize + carried * 4 * travel.LANES
+        yield over, "all-to-all" if padded else "ragged-all-to-all", sent * (n - 1) / n
+        yield over, "all-to-all", 4 * (c.num_experts + (n if way.once else 0)) * (n - 1)

@@ -8,6 +8,7 @@ import math
 
 import jax.numpy as jnp
 
+from effmodels.config import named_remat
 from effmodels.models import mtp
 from effmodels.models.blocks import segments
 from effmodels.parallel import axes, expert
@@ -82,12 +83,17 @@ class Footprint:
                 times = math.ceil(run.micro_batches / run.stages)
             else:
                 times = volumes.calls(run) * volumes.in_a_call(run, r.repeats)
-            total += times * period.offloaded_bytes(self.nbytes)
+            total += times * period.offloaded_bytes(self._waiting)
         return int(total)
 
     def nbytes(self, array):
         """Bytes of a `liveness.Array` on one chip."""
         return liveness.nbytes(array, self.run) * self._experts(array)
+
+    def _waiting(self, array):
+        """`nbytes` of what waits for the backward pass: of rows kept by the name "dispatch" what arrived, a token once for each shard."""
+        names = named_remat(self.config.remat)
+        return liveness.nbytes(array, self.run) * self._experts(array, arrived=names is not None and "dispatch" in (*names[0], *names[1]))
 
     def stream(self):
         """Bytes of the residual stream of one micro-batch."""
@@ -96,7 +102,7 @@ class Footprint:
     def _kept(self, index, r):
         """Bytes that wait for the backward pass of a run of layers."""
         run, period = self.run, self.periods[index]
-        kept = period.kept_bytes(self.nbytes)
+        kept = period.kept_bytes(self._waiting)
         if run.stages == 1:
             return kept * r.repeats
         slots = math.ceil(run.micro_batches / run.stages)
@@ -151,15 +157,15 @@ class Footprint:
         ]  # fmt: skip
         experts, columns, rows = part.config.num_experts, inputs[0].shape[-1] if inputs else 0, run.time * part.config.top_k
         own = experts // (run.size(run.over("expert")) if volumes.travels(run) else 1)
-        room = volumes.pair_rows(run, part.config)
-        here = run.size(run.over("expert")) * room[1] if room else run.rows * rows
+        way = volumes.way(run, part.config)
+        here = run.size(run.over("expert")) * way.rows if way else run.rows * rows
         columns_here = columns // run.size(run.over("act_mlp"))
         gated = len(inputs) > 1 and len({a.shape for a in inputs}) < len(inputs)
         if not gated or expert.side_by_side(rows, experts, columns) or not expert.side_by_side(here, own, columns_here):
             return 0
         return 2 * own * self.config.d_model * columns_here * self.compute
 
-    def _experts(self, array):
+    def _experts(self, array, arrived=False):
         """Of arrays of experts that are split: the share of a weight, or the rows of the exchange's buffers over those without it."""
         run, over = self.run, self.run.over("expert")
         if not volumes.travels(run) or not array.shape:
@@ -169,7 +175,9 @@ class Footprint:
                 if array.shape[0] == part.config.num_experts:
                     return 1 / run.size(over)
             elif array.shape[0] == run.time * part.config.top_k:
-                return run.size(over) * volumes.pair_rows(run, part.config)[1] / (run.rows * array.shape[0])
+                way = volumes.way(run, part.config)
+                rows = way.arriving if arrived and array.shape[1:] == (self.config.d_model,) else way.rows
+                return run.size(over) * rows / (run.rows * array.shape[0])
         return 1.0
 
     def _gradients(self):

@@ -29,8 +29,14 @@ def policies(resolved, groups, time, chip, until=math.inf):
         if work < most:
             worth[name] = (most - work) / max(1, kept - least)
     ranked = sorted(worth, key=worth.get, reverse=True)
-    lists = [sorted(names, key=SAVEABLE.index) for names in (*USUAL, *(ranked[: k + 1] for k in range(len(ranked))))]
+    # Rows that reached their experts save no work, but their way.
+    travelled = [(*names, "dispatch") for names in (("embed",), USUAL[1])] if _has_experts(groups) else ()
+    lists = [sorted(names, key=SAVEABLE.index) for names in (*USUAL, *(ranked[: k + 1] for k in range(len(ranked))), *travelled)]
     # What kernels return is the dearest to make and stays; the rest of the longest lists may wait in the host's memory.
-    to_host = [[name for name in names if name != "kernel"] for names in (lists[1], lists[-1])]
+    to_host = [[name for name in names if name != "kernel"] for names in (lists[1], lists[len(USUAL) + len(ranked) - 1])]
     offloaded = [f"{SAVE}kernel+{OFFLOAD}{','.join(names)}" for names in to_host if names]
     return tuple(dict.fromkeys((*REMAT, *(SAVE + ",".join(names) for names in lists), *offloaded)))
+
+
+def _has_experts(groups):
+    return any(kind.channel.cls.reports_load for kinds, _ in groups for kind in kinds)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from effmodels.channel.moe import capacity
 from effmodels.config import named_remat
 from effmodels.models import mtp
-from effmodels.parallel import axes, exchange, expert, layouts, pipeline
+from effmodels.parallel import axes, layouts, pipeline, travel
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
@@ -252,15 +252,17 @@ def travels(run):
     return bool(run.over("expert")) and run.options.experts != "gather"
 
 
-def pair_rows(run, config):
-    """(form, rows that a pair of expert shards has room for) of a MoE's Config; None where no token travels."""
+def way(run, config):
+    """The `travel.Way` of tokens to the experts of a MoE's Config; None where no token travels."""
     over = run.over("expert")
     if not travels(run):
         return None
     form = run.options.experts if run.options.experts != "auto" else "padded" if run.platform == "cpu" else "ragged"
     limit = config.capacity_factor and capacity(config, run.config.seq_len)
-    local = run.rows, run.time, config.top_k, config.num_experts, run.size(over)
-    return form, exchange.pair_rows(*local, capacity=limit, recv_bound=run.options.recv_bound)
+    return travel.way(
+        form, over, (run.rows, run.time), config.top_k, config.num_experts, run.size(over),
+        groups=(config.groups, config.top_groups), capacity=limit, recv_bound=run.options.recv_bound,
+    )  # fmt: skip
 
 
 def _experts(run):
@@ -270,18 +272,19 @@ def _experts(run):
     """
     over, c = run.over("expert"), run.config.model
     for part, times in parts(run, "channel"):
-        room = pair_rows(run, part.config) if part.cls.reports_load else None
-        if room is None:
+        found = way(run, part.config) if part.cls.reports_load else None
+        if found is None:
             continue
-        n, row = run.size(over), c.d_model * jnp.dtype(c.compute_dtype).itemsize
-        rows = n * room[1] if room[0] == "padded" else run.rows * run.time * part.config.top_k
-        kind = "all-to-all" if room[0] == "padded" else "ragged-all-to-all"
-        weights, again = 4 * expert.LANES, run.config.model.remat != "none"
-        there_and_back = 2 * row + weights
-        for phase, each in (("forward", there_and_back), ("recomputed", again * (row + weights)), ("backward", there_and_back)):
-            yield Volume(over, kind, rows * each * (n - 1) / n, times, label(part), phase)
-            if each and phase != "backward":
-                yield Volume(over, "all-to-all", 4 * part.config.num_experts * (n - 1), times, label(part), phase)
+        n, k, tokens = run.size(over), part.config.top_k, run.rows * run.time
+        padded, copies = found.form == "padded", found.copies or k
+        token = (n * found.arriving if padded else tokens * copies) * c.d_model * jnp.dtype(c.compute_dtype).itemsize
+        carried = (n * found.rows if padded else tokens * k) * 4 * travel.LANES
+        counts = 4 * (part.config.num_experts + (n if found.once else 0)) * (n - 1)
+        kind, again = "all-to-all" if padded else "ragged-all-to-all", recomputes(run, "dispatch")
+        for phase, each in (("forward", 2 * token + carried), ("recomputed", again * (token + carried)), ("backward", 2 * token + carried)):
+            yield Volume(over, kind, each * (n - 1) / n, times, label(part), phase)
+            if phase == "forward" or phase == "recomputed" and run.config.model.remat != "none":
+                yield Volume(over, "all-to-all", counts, times, label(part), phase)
 
 
 def _sequence(run):
