@@ -24,7 +24,7 @@ aot: $(VENV)/.installed-plan
 aot_slow: $(VENV)/.installed-plan
 	SLOW_SHARD=$${SLOW_SHARD:-1/1} $(BIN)/python -m pytest -n 2 --dist=load -m "aot and slow" $(PYTEST_ARGS)
 
-# Every GPU kernel through the compilers for sm_90a, without a GPU and without NVIDIA's libraries. Needs jax 0.11.2 (Python 3.12).
+# Every GPU kernel through the compilers for sm_90a, without a GPU and without NVIDIA's libraries. Needs jax 0.11.2 or newer (Python 3.12).
 gpu_compile: $(VENV)/.installed-gpu-compile
 	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -n 2 --dist=load -m gpu_compile $(PYTEST_ARGS)
 
