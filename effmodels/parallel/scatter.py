@@ -17,17 +17,24 @@ LANES = 128
 
 
 def rings(text, dim, taken=()):
-    """The rings of `parallel.gradient_rings` ("data,fsdp+seq": two, the second of two mesh axes) as tuples of axes; () for none.
+    """The rings of `parallel.gradient_rings` in the mesh and the rules in force; () for none. taken: axes that split another dim.
 
-    Raises ConfigError where they are not the mesh axes that split `dim` in weights, in that order. taken: axes that split another dim.
+    Raises ConfigError where they are not the mesh axes that split `dim` in weights, in that order.
     """
     mesh = axes.current_mesh()
     if mesh is None or not text:
         return ()
-    found = tuple(tuple(a.strip() for a in ring.split("+")) for ring in text.split(","))
-    found = tuple(tuple(a for a in ring if mesh.shape.get(a, 1) > 1) for ring in found)
-    found = tuple(ring for ring in found if ring)
-    split = tuple(a for a in axes.as_tuple(axes.current_rules()[dim]) if mesh.shape.get(a, 1) > 1 and a not in taken)
+    return checked(text, tuple(a for a in axes.as_tuple(axes.current_rules()[dim]) if a not in taken), mesh.shape, dim)
+
+
+def checked(text, split, sizes, dim="embed"):
+    """The rings of "data,fsdp+seq" (two, the second of two mesh axes) as tuples of axes of more than one device.
+
+    split: the mesh axes that split `dim`; sizes: of the mesh axes. Raises ConfigError where the rings are others.
+    """
+    found = (tuple(a.strip() for a in ring.split("+")) for ring in text.split(","))
+    found = (tuple(a for a in ring if sizes.get(a, 1) > 1) for ring in found)
+    found, split = tuple(ring for ring in found if ring), tuple(a for a in split if sizes.get(a, 1) > 1)
     if split != tuple(a for ring in found for a in ring):
         raise ConfigError(
             f"parallel.gradient_rings={text!r}: expected the mesh axes that split weights, {','.join(split) or 'none'} (rules.{dim}), in "

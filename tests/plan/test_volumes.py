@@ -4,6 +4,7 @@ import math
 import pytest
 
 from configs import common
+from effmodels.config import ConfigError
 from effmodels.plan import chips, topology
 from effmodels.plan.formulas import abstract, volumes
 from effmodels.plan.topology import Topology
@@ -153,6 +154,8 @@ def test_rings_of_experts_gradients_begin_everywhere_at_once():
     found = total({"data": 2, "fsdp": 2, "expert": 2}, 8, **fields)
     experts = 4 * L * 2 * 3 * D * 16
     assert found[("data",), "collective-permute"] == found[("fsdp",), "collective-permute"] == 3 / 4 * experts / 2 * (1 + 1 / 2)
+    with pytest.raises(ConfigError, match="expected the mesh axes that split weights, data,fsdp"):  # as when it is compiled
+        total({"data": 2, "fsdp": 2, "expert": 2}, 8, **fields | {"parallel": {"gradient_rings": "fsdp,data"}})
 
 
 def test_a_mixer_made_again_gathers_its_weights_again():

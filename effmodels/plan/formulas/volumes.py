@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from effmodels.channel.moe import capacity
 from effmodels.config import named_remat
 from effmodels.models import mtp
-from effmodels.parallel import axes, layouts, pipeline, travel
+from effmodels.parallel import axes, layouts, pipeline, scatter, travel
 from effmodels.parallel.state_passing import LARGEST_RING
 from effmodels.plan.formulas import torus
 
@@ -107,20 +107,19 @@ def _weights(run):
             yield from _rings(run, path, each * compute, gathered, summed, times, layer)
             continue
         if gathered and experts and run.options.gradient_rings:
-            yield from _scattered(run, each * compute * g, times, layer)
+            rings = scatter.checked(run.options.gradient_rings, gathered, run.sizes)
+            yield from _scattered(run, rings, each * compute * g, times, layer)
             continue
         # Inside their shard_map XLA scatters the sums of the matrices that rows enter, and not of those that they leave.
         whole = bool(stay) and "expert_mlp" in info.in_dims
         yield from _gradients(run, each * compute, gathered, summed, times, layer, whole)
 
 
-def _scattered(run, whole, times, layer):
+def _scattered(run, rings, whole, times, layer):
     """`parallel.scatter`: of a gradient of `whole` bytes every ring begins with an equal part and goes on with what the others left.
 
     Half of the ways sends once more than the ring has hops.
     """
-    rings = [tuple(a for a in ring.split("+") if run.sizes[a] > 1) for ring in run.options.gradient_rings.replace(" ", "").split(",")]
-    rings = [ring for ring in rings if ring]
     for first in range(len(rings)):
         part = whole / len(rings)
         for ring in (*rings[first:], *rings[:first]):
