@@ -44,29 +44,30 @@ def expert_ffn(
     rings = scatter.rings(options.current().gradient_rings, "embed", taken=(*over, *columns))
 
     def local(x, ids, weights, w_out, **inputs):
-        biases = [inputs.pop(f"b{i}") for i in range(len(named_biases))]
+        *b_in, b_out = (inputs.pop(f"b{i}") for i in range(len(named_biases))) if biases else (None,)
+        w_in, out_layout = list(inputs.values()), "EKN"
         if rings:
-            w_out = scatter.gathered(w_out, rings, 2)
-            inputs = {n: scatter.gathered(w, rings, 1) for n, w in inputs.items()}
-
+            # What is split is joined and turned before it is gathered, where it is small. Of the last dim, what arrives would be copied.
+            w_in = [scatter.gathered(w, rings, 1) for w in joined(w_in)]
+            b_in, w_out, out_layout = joined(b_in), scatter.gathered(w_out.swapaxes(1, 2), rings, 1), "ENK"
         if columns and biases:  # of the partial sums one has the bias
-            biases[-1] = jnp.where(jax.lax.axis_index(columns) == 0, biases[-1], 0)
+            b_out = jnp.where(jax.lax.axis_index(columns) == 0, b_out, 0)
 
         def ffn(rows_RD, group_sizes_e, weights_R):
-            def matmul(lhs, rhs):
-                return ops.grouped_matmul(lhs, rhs, group_sizes_e, implementation=implementation)
+            def matmul(lhs, rhs, layout="EKN"):
+                return ops.grouped_matmul(lhs, rhs, group_sizes_e, rhs_layout=layout, implementation=implementation)
 
-            w_in, b_in, R = list(inputs.values()), biases[:-1], rows_RD.shape[0]
-            if parts > 1 and side_by_side(R, w_in[0].shape[0], w_in[0].shape[2]):
+            matrices, vectors, R = w_in, b_in, rows_RD.shape[0]
+            if len(w_in) > 1 and side_by_side(R, w_in[0].shape[0], w_in[0].shape[2]):
                 # On the shard, since the gradient of what was joined before is summed whole.
-                w_in, b_in = ([jnp.concatenate(a, axis=-1)] if a else [] for a in (w_in, b_in))
-            kept = [checkpoint_name(matmul(rows_RD, w), "expert_mlp") for w in w_in]
+                matrices, vectors = joined(w_in), joined(b_in)
+            kept = [checkpoint_name(matmul(rows_RD, w), "expert_mlp") for w in matrices]
             if biases:
-                kept = [h_RF + of_each_row(b, group_sizes_e, R) for h_RF, b in zip(kept, b_in)]
+                kept = [h_RF + of_each_row(b, group_sizes_e, R) for h_RF, b in zip(kept, vectors)]
             h_RF = activation(*(kept if len(kept) == parts else jnp.split(kept[0], parts, axis=-1)))
-            y_RD = matmul((h_RF * weights_R[:, None]).astype(rows_RD.dtype), w_out)
+            y_RD = matmul((h_RF * weights_R[:, None]).astype(rows_RD.dtype), w_out, out_layout)
             if biases:
-                y_RD = y_RD + (of_each_row(biases[-1], group_sizes_e, R) * weights_R[:, None]).astype(y_RD.dtype)
+                y_RD = y_RD + (of_each_row(b_out, group_sizes_e, R) * weights_R[:, None]).astype(y_RD.dtype)
                 # Past the last group the gradient of y may be anything, and a one-hot matrix times that is no zero.
                 y_RD = jnp.where((jnp.arange(R) < jnp.sum(group_sizes_e))[:, None], y_RD, 0)
             return y_RD
@@ -82,6 +83,11 @@ def expert_ffn(
     arrays |= {f"w{i}": (w, PartitionSpec(split, wide, columns_spec)) for i, w in enumerate(w_in)}
     arrays |= {n: (b, PartitionSpec(split, columns_spec if n != f"b{parts}" else None)) for n, b in named_biases.items()}
     return ops.run_sharded(local, arrays, (rows, ()) if return_overflow else rows)
+
+
+def joined(arrays):
+    """Gates and inputs as one list entry, side by side; [] of none."""
+    return [jnp.concatenate(arrays, axis=-1)] if arrays else []
 
 
 def side_by_side(rows, experts, columns):

@@ -96,7 +96,8 @@ def there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way):
     else:
         copy_R = jax.lax.stop_gradient(carried_RL[:, 1]).astype(jnp.int32)
         copy_R = kept(jnp.where(used_R & (copy_R >= 0), copy_R, trip.total))
-        arrived_QD = kept(_flat(trip.there(trip.take(way.copies, x_N, copy_S, slot_CN))))
+        # The barrier: merged with the copy of what is kept into its stack, the relayout takes twice as long.
+        arrived_QD = kept(jax.lax.optimization_barrier(_flat(trip.there(trip.take(way.copies, x_N, copy_S, slot_CN)))))
         y_RD = ffn(expand(trip.total, arrived_QD, copy_R), sizes_e, weights_R)
         y_Q = _tiles(fold(trip.total, y_RD, copy_R))
         y_N = trip.add(way.copies, trip.back(y_Q, copy_S.shape[0]), copy_S, slot_CN)

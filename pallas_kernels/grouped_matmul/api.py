@@ -9,7 +9,7 @@ from pallas_kernels import checks, dispatch
 _OP = "grouped_matmul"
 
 
-def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, implementation=None, interpret=None):
+def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, rhs_layout="EKN", implementation=None, interpret=None):
     """Row m times the matrix of its group, as `jax.lax.ragged_dot`: the first group_sizes[0] rows are group 0, and so on.
 
     Rows past the last group are 0 and get zero gradients; an empty group's matrix gets a zero gradient. The sizes must be >= 0 and
@@ -20,6 +20,7 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
       rhs_EKN: same dtype as lhs, or int8 together with rhs_scale_EN.
       group_sizes_E: int [E].
       rhs_scale_EN: floating; matrix e is rhs[e] * rhs_scale[e]. Differentiable; int8 values are not.
+      rhs_layout: "EKN", or "ENK": rhs is given transposed, and so is its gradient. Without rhs_scale_EN.
       implementation: None, "reference", "xla", "pallas_tpu" or "pallas_gpu".
       interpret: for Pallas kernels; None interprets where the named kernel has no hardware.
 
@@ -29,8 +30,11 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
     """
     checks.rank(_OP, "lhs_MK", lhs_MK, "MK")
     checks.floating(_OP, "lhs_MK", lhs_MK)
-    checks.rank(_OP, "rhs_EKN", rhs_EKN, "EKN")
-    E, K, N = rhs_EKN.shape
+    if rhs_layout not in ("EKN", "ENK") or rhs_layout == "ENK" and rhs_scale_EN is not None:
+        given = f"{rhs_layout!r}{' with rhs_scale_EN' if rhs_scale_EN is not None else ''}"
+        raise ValueError(f"{_OP}: rhs_layout={given}; expected 'EKN', or without rhs_scale_EN 'ENK'.")
+    checks.rank(_OP, "rhs_EKN", rhs_EKN, rhs_layout)
+    E, K, N = (rhs_EKN.shape[rhs_layout.index(dim)] for dim in "EKN")
     checks.shape(_OP, "lhs_MK", lhs_MK, (lhs_MK.shape[0], K), "K of rhs_EKN")
     checks.shape(_OP, "group_sizes_E", group_sizes_E, (E,), "one size per matrix of rhs_EKN")
     checks.integer(_OP, "group_sizes_E", group_sizes_E)
@@ -44,5 +48,5 @@ def grouped_matmul(lhs_MK, rhs_EKN, group_sizes_E, *, rhs_scale_EN=None, impleme
     if rhs_scale_EN is not None:
         checks.shape(_OP, "rhs_scale_EN", rhs_scale_EN, (E, N), "E and N of rhs_EKN")
         checks.floating(_OP, "rhs_scale_EN", rhs_scale_EN)
-    arguments = tuple(None if x is None else jnp.asarray(x) for x in (lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN))
+    arguments = (*(None if x is None else jnp.asarray(x) for x in (lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN)), rhs_layout == "ENK")
     return dispatch.pick(_OP, "multiply", implementation, interpret, arguments)(*arguments)

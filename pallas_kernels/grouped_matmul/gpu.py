@@ -11,7 +11,7 @@ from pallas_kernels import gpu
 from pallas_kernels.grouped_matmul import gpu_products
 
 
-def unsupported(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
+def unsupported(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False):
     """Why this kernel cannot run these inputs, or None."""
     if reason := gpu.unsupported_here() or gpu.unsupported_dtype(lhs_MK.dtype):
         return reason
@@ -22,8 +22,9 @@ def unsupported(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
     return None
 
 
-def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, *, interpret=False):
-    """out [M,N] in the dtype of lhs."""
+def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False, *, interpret=False):
+    """out [M,N] in the dtype of lhs; transposed: rhs is [E,N,K]."""
+    rhs_EKN = rhs_EKN.swapaxes(1, 2) if transposed else rhs_EKN
     return _multiply(interpret, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from pallas_kernels.checks import accumulator
 
 
-def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
-    """out [M,N] in the dtype of lhs."""
+def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False):
+    """out [M,N] in the dtype of lhs; transposed: rhs is [E,N,K]."""
+    rhs_EKN = rhs_EKN.swapaxes(1, 2) if transposed else rhs_EKN
     dtype = accumulator(lhs_MK.dtype)
     ends_E = jnp.cumsum(group_sizes_E)
     row_M1 = jnp.arange(lhs_MK.shape[0])[:, None]

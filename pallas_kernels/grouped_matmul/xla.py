@@ -17,8 +17,9 @@ from pallas_kernels.products import product
 _BLOCKS = (256, 64)
 
 
-def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN):
-    """out [M,N] in the dtype of lhs."""
+def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False):
+    """out [M,N] in the dtype of lhs; transposed: rhs is [E,N,K]."""
+    rhs_EKN = rhs_EKN.swapaxes(1, 2) if transposed else rhs_EKN
     out_MN = _grouped(lhs_MK, rhs_EKN, group_sizes_E)
     if rhs_scale_EN is not None:
         # A scale per column commutes with the matmul: the int8 values stay int8 in memory.
