@@ -24,23 +24,23 @@ def unsupported(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False):
 
 def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False, *, interpret=False):
     """out [M,N] in the dtype of lhs; transposed: rhs is [E,N,K]."""
-    rhs_EKN = rhs_EKN.swapaxes(1, 2) if transposed else rhs_EKN
-    return _multiply(interpret, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
+    return _multiply(transposed, interpret, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(interpret, lhs_MK, rhs_EKN, group_sizes_E):
-    return _rows(lhs_MK, rhs_EKN, group_sizes_E, False, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(transposed, interpret, lhs_MK, rhs, group_sizes_E):
+    return _rows(lhs_MK, rhs, group_sizes_E, transposed, interpret)
 
 
-def _multiply_fwd(interpret, lhs_MK, rhs_EKN, group_sizes_E):
-    return _multiply(interpret, lhs_MK, rhs_EKN, group_sizes_E), (lhs_MK, rhs_EKN, group_sizes_E)
+def _multiply_fwd(transposed, interpret, *operands):
+    return _multiply(transposed, interpret, *operands), operands
 
 
-def _multiply_bwd(interpret, residuals, dout_MN):
-    lhs_MK, rhs_EKN, group_sizes_E = residuals
-    dlhs_MK = _rows(dout_MN, rhs_EKN, group_sizes_E, True, interpret)
-    return dlhs_MK, _matrices(lhs_MK, dout_MN, group_sizes_E, interpret), None
+def _multiply_bwd(transposed, interpret, operands, dout_MN):
+    lhs_MK, rhs, group_sizes_E = operands
+    dlhs_MK = _rows(dout_MN, rhs, group_sizes_E, not transposed, interpret)
+    left, right = (dout_MN, lhs_MK) if transposed else (lhs_MK, dout_MN)
+    return dlhs_MK, _matrices(left, right, group_sizes_E, interpret), None
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)

@@ -1,4 +1,6 @@
 """Grouped matmul against a loop over rows: values, every gradient, empty groups and rows past the last group."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,17 +26,21 @@ def operands(M, K, N, E, dtype=np.float32):
     return tuple(jnp.asarray(rng.standard_normal(s).astype(dtype)) for s in ((M, K), (E, K, N), (M, N)))
 
 
+@pytest.mark.parametrize("layout", ["EKN", "ENK"])
 @pytest.mark.parametrize("implementation, sizes, M", [
     ("reference", [0, 5, 0, 9, 3], 20), ("xla", [0, 5, 0, 9, 3], 20), ("xla", [1], 1), ("xla", [300, 1, 63, 64, 65, 257], 800),
     ("xla", [0, 0], 7),
 ])
-def test_equals_oracle(implementation, sizes, M):
+def test_equals_oracle(implementation, sizes, M, layout):
     lhs, rhs, dout = operands(M, 5, 7, len(sizes))
+    turn = (lambda w: w.swapaxes(1, 2)) if layout == "ENK" else lambda w: w
 
     @jax.jit
     def run(lhs, rhs, group_sizes):
-        out, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, implementation=implementation), lhs, rhs)
-        return out, *vjp(dout)
+        f = functools.partial(grouped_matmul, implementation=implementation, rhs_layout=layout)
+        out, vjp = jax.vjp(lambda x, w: f(x, w, group_sizes), lhs, turn(rhs))
+        dlhs, drhs = vjp(dout)
+        return out, dlhs, turn(drhs)
 
     got = run(lhs, rhs, jnp.array(sizes, jnp.int32))
     assert_trees_close(got, oracle(lhs, rhs, sizes, dout), rel=1e-5)
@@ -122,6 +128,9 @@ X, W, G = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.zeros(2, jnp.int32)
     ((X, W.astype(jnp.int8), G), {}, ValueError, r"rhs_EKN is int8 without rhs_scale_EN; give the scale of shape \(2, 5\)"),
     ((X, W.astype(jnp.bfloat16), G), {}, TypeError, "rhs_EKN has dtype bfloat16 but lhs_MK has float32"),
     ((X, W, G), dict(rhs_scale_EN=jnp.zeros(5)), ValueError, r"rhs_scale_EN must have shape \(2, 5\)"),
+    ((X, W, G), dict(rhs_layout="NKE"), ValueError, "rhs_layout='NKE'; expected 'EKN', or without rhs_scale_EN 'ENK'"),
+    ((X, W, G), dict(rhs_layout="ENK", rhs_scale_EN=jnp.zeros((2, 5))), ValueError, "rhs_layout='ENK' with rhs_scale_EN; expected 'EKN'"),
+    ((X, W.swapaxes(1, 2), G), dict(rhs_layout="EKN"), ValueError, r"lhs_MK must have shape \(4, 5\)"),
     ((X, W, G), dict(implementation="pallas_gpu"), NotImplementedError, r"grouped_matmul\[pallas_gpu\]: .* Use implementation='xla'"),
 ])
 def test_bad_input_is_refused(args, kwargs, error, message):

@@ -54,10 +54,14 @@ def naive(lhs, rhs, dout, sizes):
     return out, *vjp(dout)
 
 
-def run(lhs, rhs, dout, sizes, **kwargs):
+def run(lhs, rhs, dout, sizes, turned=False, **kwargs):
+    """turned: the kernel is given transposed matrices."""
+    layout = "ENK" if turned else "EKN"
+
     @jax.jit
     def both(lhs, rhs, dout, sizes):
-        out, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation="pallas_gpu", **kwargs), lhs, rhs)
+        f = lambda x, w: grouped_matmul(x, w, sizes, rhs_layout=layout, implementation="pallas_gpu", **kwargs)  # noqa: E731
+        out, vjp = jax.vjp(lambda x, w: f(x, w.swapaxes(1, 2) if turned else w), lhs, rhs)
         return out, *vjp(dout)
 
     return both(lhs, rhs, dout, sizes)
@@ -75,12 +79,13 @@ def compare(M, K, N, sizes, dtype=jnp.bfloat16, **kwargs):
 
 
 @interpreted
-@pytest.mark.parametrize("M, K, N, sizes, dtype", [
-    (200, 136, 72, [0, 5, 0, 130, 3, 50], jnp.bfloat16),  # groups of parts of tiles, shared tiles, nan behind the last group
-    (9, 64, 64, [9], jnp.float16),
+@pytest.mark.parametrize("M, K, N, sizes, dtype, turned", [
+    (200, 136, 72, [0, 5, 0, 130, 3, 50], jnp.bfloat16, False),  # groups of parts of tiles, shared tiles, nan behind the last group
+    (200, 136, 72, [0, 5, 0, 130, 3, 50], jnp.bfloat16, True),
+    (9, 64, 64, [9], jnp.float16, False),
 ])
-def test_interpreted_equals_loop_over_groups(M, K, N, sizes, dtype, two_blocks):
-    compare(M, K, N, sizes, dtype)
+def test_interpreted_equals_loop_over_groups(M, K, N, sizes, dtype, turned, two_blocks):
+    compare(M, K, N, sizes, dtype, turned=turned)
 
 
 @interpreted

@@ -27,12 +27,12 @@ def use_small_blocks(set_attribute):
 
 
 def operands(sizes, M, K, N, dtype, weights):
-    """(lhs, rhs, scale or None, dout), rounded to the dtype. weights: "plain", "scaled" or "int8"."""
+    """(lhs, rhs, scale or None, dout), rounded to the dtype. weights: "plain", "turned", "scaled" or "int8"."""
     rng = np.random.default_rng(len(sizes) + M)
     lhs, rhs, dout = (jnp.asarray(rng.standard_normal(s), jnp.float32).astype(dtype) for s in ((M, K), (len(sizes), K, N), (M, N)))
     if weights == "int8":
         rhs = jnp.asarray(rng.integers(-127, 128, rhs.shape), jnp.int8)
-    scale = None if weights == "plain" else jnp.asarray(rng.standard_normal((len(sizes), N)) / 50, jnp.float32)
+    scale = None if weights in ("plain", "turned") else jnp.asarray(rng.standard_normal((len(sizes), N)) / 50, jnp.float32)
     return lhs, rhs, scale, dout
 
 
@@ -59,9 +59,12 @@ def check(sizes, M, K, N, dtype="float32", weights="plain"):
     lhs, rhs, scale, dout = operands(sizes, M, K, N, jnp.dtype(dtype), weights)
     used, group_sizes = sum(sizes), jnp.array(sizes, jnp.int32)
 
-    @jax.jit
-    def run(lhs, rhs, scale, dout):
-        return values_and_gradients(lambda lhs, rhs, scale=None: kernel(lhs, rhs, group_sizes, rhs_scale_EN=scale), lhs, rhs, scale, dout)
+    def op(lhs, rhs, scale=None):
+        if weights == "turned":
+            return kernel(lhs, rhs.swapaxes(1, 2), group_sizes, rhs_layout="ENK")
+        return kernel(lhs, rhs, group_sizes, rhs_scale_EN=scale)
+
+    run = jax.jit(functools.partial(values_and_gradients, op))
 
     got = run(lhs.at[used:].set(jnp.nan), rhs, scale, dout.at[used:].set(jnp.nan))
     wide = [x if x is None or x.dtype == jnp.int8 else x.astype(jnp.float64) for x in (lhs, rhs, scale, dout)]
@@ -81,6 +84,8 @@ RAGGED = [100, 0, 33, 64, 3, 31]
 
 @pytest.mark.parametrize("sizes, M, K, N, dtype, weights", [
     (RAGGED, 300, 200, 300, "float32", "plain"),  # odd K and N: masked last blocks of the contractions
+    (RAGGED, 300, 200, 300, "float32", "turned"),
+    (RAGGED, 300, 128, 512, "bfloat16", "turned"),
     (RAGGED, 300, 128, 512, "bfloat16", "plain"),  # two blocks of columns per core: the chain of fetches goes on
     (RAGGED, 300, 200, 140, "float32", "scaled"),
     (RAGGED, 300, 200, 140, "bfloat16", "int8"),
@@ -114,7 +119,7 @@ def test_drawn_shapes(seed, x64, small_blocks):
     rng = np.random.default_rng(seed)
     M, E = int(rng.integers(1, 200)), int(rng.integers(1, 9))
     sizes = np.diff(np.sort(rng.integers(0, M + 1, E)), prepend=0) * rng.integers(0, 2, E)
-    weights, dtype = rng.choice(["plain", "scaled", "int8"]), rng.choice(["float32", "bfloat16"])
+    weights, dtype = rng.choice(["plain", "turned", "scaled", "int8"]), rng.choice(["float32", "bfloat16"])
     check(sizes.tolist(), M, *(int(x) for x in rng.integers(1, 400, 2)), str(dtype), str(weights))
 
 
@@ -202,11 +207,12 @@ def aot_case(M, K, N, E, dtype="bfloat16", weights="plain", wanted="all"):
     """(f, shapes) for the TPU compiler: the op ("out"), its gradients ("gradients"), or both."""
     shape = jax.ShapeDtypeStruct
     lhs, dout, sizes = shape((M, K), jnp.dtype(dtype)), shape((M, N), jnp.dtype(dtype)), shape((E,), jnp.int32)
-    rhs = shape((E, K, N), jnp.int8 if weights == "int8" else jnp.dtype(dtype))
-    scale = None if weights == "plain" else shape((E, N), jnp.float32)
+    rhs = shape((E, N, K) if weights == "turned" else (E, K, N), jnp.int8 if weights == "int8" else jnp.dtype(dtype))
+    scale = None if weights in ("plain", "turned") else shape((E, N), jnp.float32)
 
     def op(sizes, lhs, rhs, scale=None):
-        return grouped_matmul(lhs, rhs, sizes, rhs_scale_EN=scale, implementation="pallas_tpu", interpret=False)
+        layout = "ENK" if weights == "turned" else "EKN"
+        return grouped_matmul(lhs, rhs, sizes, rhs_scale_EN=scale, rhs_layout=layout, implementation="pallas_tpu", interpret=False)
 
     if wanted == "out":
         return op, (sizes, lhs, rhs) if scale is None else (sizes, lhs, rhs, scale)
@@ -231,7 +237,8 @@ def aot_cases():
                     (100, 96, 80, 4, "float32", "scaled"), (129, 200, 300, 3, "float32", "plain"),
                     (500, 1000, 2050, 16, "float32", "plain"), (1000, 4864, 1536, 8, "bfloat16", "plain"),
                     (2000, 640, 1100, 5, "bfloat16", "scaled"), (4096, 2048, 1024, 16, "bfloat16", "int8"),
-                    (8, 2048, 768, 128, "bfloat16", "plain"), (4096, 7168, 2048, 4, "float32", "scaled"),
+                    (8, 2048, 768, 128, "bfloat16", "plain"), (1000, 1024, 4096, 8, "bfloat16", "turned"),
+                    (129, 200, 300, 3, "float32", "turned"), (4096, 7168, 2048, 4, "float32", "scaled"),
                     (127, 80, 192, 2, "float32", "int8"), (65536, 2048, 768, 128, "bfloat16", "plain"),
                 ]},
     }
