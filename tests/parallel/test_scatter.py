@@ -64,6 +64,19 @@ def test_experts_with_rings_as_on_one_device(case, x64):
             assert_trees_close({name: got}, {name: want[name]}, rel=1e-11)
 
 
+def test_biases_of_experts_with_rings(x64):
+    """Those of gates and inputs are joined as their matrices are."""
+    sizes, rules, rings = EXPERTS["tensor too"]
+    E, F, D = (getattr(test_expert, letter) for letter in "EFD")
+    biases = draw(E, F, seed=5), draw(E, F, seed=6), draw(E, D, seed=7)
+    x, *w = test_expert.parameters()
+    ids = test_expert.routings(2)["no token to some, padding"].astype(np.int32)
+    arrays = x, draw(test_expert.B, test_expert.T, 2, seed=1), ids, *w, *biases
+    want = test_expert.BIASED(False, *arrays)
+    with axes.use(mesh.make_mesh(sizes), rules, Options(experts="padded", gradient_rings=rings)):
+        assert_trees_close(test_expert.BIASED(True, *arrays), want, rel=1e-11)
+
+
 def test_what_is_summed_travels_by_permutes():
     made = mesh.make_mesh({"data": 2, "fsdp": 4})
     rings = (("data",), ("fsdp",))
