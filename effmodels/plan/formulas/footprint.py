@@ -151,6 +151,8 @@ class Footprint:
         run, names = self.run, ("num_experts", "top_k")
         if not part.cls.reports_load or not all(hasattr(part.config, n) for n in names):
             return 0
+        if run.options.gradient_rings:  # along which they are gathered as they are used
+            return 0
         inputs = [
             a for p, a in run.model.state.params.items()
             if "expert" in run.model.infos[p].batch_dims and "embed" in run.model.infos[p].in_dims and a.ndim > 2
