@@ -74,13 +74,21 @@ def test_the_example_of_the_document_is_a_report():
 
 # Bytes of these differ by more than 5 % from the program's: (at least, at most) the closed form over it.
 ELSEWHERE = {
-    ("moe_1b-v5e-8", "fsdp"): (0.85, 0.92),  # programs for v5e sum some gradients whole
+    ("moe_1b-v4-4", "fsdp"): (1.2, 1.3),  # unrolled: what the forward pass gathers is gathered once for all micro-batches
+    ("moe_1b-v5e-8", "fsdp"): (1.05, 1.12),  # the same; and programs for v5e sum some gradients whole
     ("retnet_6p7b-1m-v4-512", "fsdp"): (0.88, 0.92),  # three quarters of what retention gathers again is gathered for its gradients too
     ("gpt4_moe_1p8t-v4-3840", "fsdp+expert"): (0.5, 0.7),  # XLA made matmuls with gathered operands into windowed ones, of permutes
     ("gpt4_moe_1p8t-v4-3840", "tensor"): (0.4, 0.6),  # the same, and whole sums where a part is kept (expert.py's psum)
-    ("ring_flash_linear_2-32k-v4-512", "fsdp+expert+seq"): (0.55, 0.7),  # gathers over three axes are sums of zeros and a part
+    ("ring_flash_linear_2-32k-v4-512", "data+fsdp+expert+seq"): (0.55, 0.7),  # gathers over all chips are sums of zeros and a part
     ("ring_flash_linear_2-128k-v4-512", "fsdp+expert+seq"): (0.55, 0.7),
     ("ring_flash_linear_2-decode-v4-512", "expert"): (0.05, 0.15),  # the record counts room for the worst case, of which little travels
+}
+# Memory of these differs by more than 10 %, likewise.
+MEMORY = {
+    "moe_1b-v5e-8": (0.86, 0.9),  # unrolled layers for v5e: more is alive at once than one layer's working set
+    "ring_flash_linear_2-4k-v4-512": (1.1, 1.14),  # the formula follows gates and inputs apart, the program has joined them
+    "ring_flash_linear_2-32k-v4-512": (1.1, 1.14),
+    "ring_flash_linear_2-128k-v4-512": (1.1, 1.14),
 }
 QUICK = ("dense_65b-v4-1024", "gpt4_moe_1p8t-60m-v4-4096")
 
@@ -135,7 +143,8 @@ def test_the_closed_form_fits_too(name, tmp_path):
     if name in MADE:
         compiled, closed = (records.from_json(json.loads(f.read_text())) for f in (FOLDER / f"{name}.json", file))
         assert closed.model_flops == compiled.model_flops
-        assert closed.memory.total == pytest.approx(compiled.memory.total, rel=0.1)
+        least, most = MEMORY.get(name, (0.9, 1.1))
+        assert least < closed.memory.total / compiled.memory.total < most
         if compiled.what == "decode":
             moved = [sum(o.calls * o.bytes for o in p.operations if o.kind != "collective") for p in (closed, compiled)]
             assert moved[0] == pytest.approx(moved[1], rel=0.1)
