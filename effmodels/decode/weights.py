@@ -23,14 +23,25 @@ _NO_MESH = jax.sharding.AbstractMesh((), ())  # one row cannot be split, and no 
 
 
 def served(model):
-    """The model with every parameter of `read_as` in that type: prefill, step and drafts compute the same, bit for bit."""
+    """The model with every parameter of `read_as` in that type: prefill, step and drafts compute the same, bit for bit.
+
+    The given model keeps its own: who decodes more than once, or has little memory, serves this one and drops the other.
+    """
     graphdef, params, buffers = model_state.split(model)
     narrow = jnp.dtype(model.config.compute_dtype).itemsize
     if all(a.dtype.itemsize <= narrow for a in params.values()):
         return model
     types = {path: t for path, t in read_as(model.config).items() if params[path].dtype.itemsize > t.itemsize}
-    narrowed = jax.jit(lambda arrays: {path: a.astype(types[path]) for path, a in arrays.items()})({path: params[path] for path in types})
+    if not types:
+        return model
+    paths = sorted(types)
+    narrowed = dict(zip(paths, _narrowed([params[path] for path in paths], tuple(types[path].name for path in paths))))
     return model_state.merge(graphdef, {**params, **narrowed}, buffers)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrowed(arrays, types):
+    return [a.astype(t) for a, t in zip(arrays, types)]
 
 
 @functools.lru_cache(16)

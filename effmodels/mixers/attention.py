@@ -147,6 +147,8 @@ class Attention(TokenMixer):
         frequencies, magnitude = rope(2 * int(q_BTNH.shape[-1] * c.rotary_fraction / 2), c.rope_theta, c.rope_scaling)
         positions_BT = ctx.rotary_positions(*x_BTD.shape[:2])
         q_BTNH, k_BTKH = (rotate(a, positions_BT, frequencies, magnitude=magnitude) for a in (q_BTNH, k_BTKH))
+        if c.qk_norm:
+            return q_BTNH, k_BTKH, v_BTKH
         # Named again: without norms the backward pass needs what the kernel reads, not what was rotated.
         return checkpoint_name(q_BTNH, "heads"), checkpoint_name(k_BTKH, "kv_heads"), v_BTKH
 

@@ -4,6 +4,7 @@ In a scanned run of layers a cache is one layer of a stack that the loop carries
 lies; cut out, changed and put back, every token would cost four passes over the whole cache. Letters: B batch, T time, S slots, R layers.
 """
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,8 +36,9 @@ def put(cache, slot_BT, new):
     row_B1, new = jnp.arange(slot_BT.shape[0])[:, None], new.astype(cache.dtype)
     if isinstance(cache, Layer):
         # Heads and their entries as one dim: a scatter wants them innermost, which for few heads is not how the cache lies.
-        flat = cache.stack.reshape(*cache.stack.shape[:3], -1)
-        written = flat.at[cache.layer, row_B1, slot_BT].set(new.reshape(*new.shape[:2], -1), mode="drop")
+        width = math.prod(cache.stack.shape[3:])
+        flat = cache.stack.reshape(*cache.stack.shape[:3], width)
+        written = flat.at[cache.layer, row_B1, slot_BT].set(new.reshape(*new.shape[:2], width), mode="drop")
         return Layer(written.reshape(cache.stack.shape), cache.layer)
     return cache.at[row_B1, slot_BT].set(new, mode="drop")
 

@@ -40,7 +40,7 @@ def pair_copies(batch, time, copies, num_experts, shards, *, capacity=None, recv
     return _bounded(worst, recv_bound, batch * time * copies / shards)
 
 
-def copies(k, num_experts, shards, groups=1, top_groups=1):
+def copies(k, shards, groups=1, top_groups=1):
     """To how many shards at most a token travels: its k experts lie in top_groups of that many groups."""
     reach = max(1, shards // groups) * top_groups if groups > 1 and (shards % groups == 0 or groups % shards == 0) else shards
     return min(k, shards, reach)

@@ -42,6 +42,8 @@ def expert_ffn(
     *w_in, w_out_EFD = (w.astype(x_BTD.dtype) for w in (*w_in, w_out_EFD))
     parts, named_biases = len(w_in), {f"b{i}": b.astype(x_BTD.dtype) for i, b in enumerate(biases)}
     rings = scatter.rings(options.current().gradient_rings, "embed", taken=(*over, *columns))
+    if rings and x_BTD.shape[2] % (pieces := math.prod(mesh.shape[a] for ring in rings for a in ring)):
+        raise ConfigError(f"parallel.gradient_rings: experts of width {x_BTD.shape[2]} cannot be split over {pieces}; choose others.")
 
     def local(x, ids, weights, w_out, **inputs):
         *b_in, b_out = (inputs.pop(f"b{i}") for i in range(len(named_biases))) if biases else (None,)
@@ -72,7 +74,7 @@ def expert_ffn(
                 y_RD = jnp.where((jnp.arange(R) < jnp.sum(group_sizes_e))[:, None], y_RD, 0)
             return y_RD
 
-        y, overflow = _routed(x, ids, weights, ffn, num_experts, way)
+        y, overflow = _routed(x, ids, weights, ffn, num_experts, way, implementation)
         y = jax.lax.psum(y, columns) if columns else y
         return (y, overflow) if return_overflow else y
 
@@ -142,7 +144,7 @@ def _way(over, shape, k, num_experts, capacity, exact, groups):
     return travel.way(form, over, tokens, k, num_experts, shards, groups=groups, row_axes=row_axes, **bounds)
 
 
-def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way):
+def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way, implementation):
     """(y_BTD, overflow) of one shard; ffn(rows_RD, group_sizes, weights_R) multiplies rows that are sorted by expert.
 
     Choice m = j N + n is the j-th of token n: with the k choices outermost, [M, D] splits into k arrays of tokens without a relayout.
@@ -159,7 +161,7 @@ def _routed(x_BTD, ids_BTk, weights_BTk, ffn, num_experts, way):
         weights_R = travel.kept(exchange.permuted(weights_M, order_M, rank_M))
         y_RD = ffn(travel.kept(exchange.take_rows(k, (False, False), x_ND, order_M, rank_M)), counts_E, weights_R)
         return exchange.sum_rows(k, (False, False), y_RD, rank_M, order_M).reshape(B, T, D), overflow
-    y_ND, lost_kN = travel.there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way)
+    y_ND, lost_kN = travel.there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way, implementation)
     if way.may_overflow:
         overflow = jax.lax.psum(jnp.sum(lost_kN, dtype=jnp.float32), way.row_axes)
     # A wrong result that looks right is worse than none.

@@ -27,14 +27,19 @@ def rings(text, dim, taken=()):
     return checked(text, tuple(a for a in axes.as_tuple(axes.current_rules()[dim]) if a not in taken), mesh.shape, dim)
 
 
+def parsed(text, sizes):
+    """The rings of "data,fsdp+seq", unchecked, without axes of one device."""
+    found = (tuple(a.strip() for a in ring.split("+")) for ring in text.split(","))
+    found = (tuple(a for a in ring if sizes.get(a, 1) > 1) for ring in found)
+    return tuple(ring for ring in found if ring)
+
+
 def checked(text, split, sizes, dim="embed"):
     """The rings of "data,fsdp+seq" (two, the second of two mesh axes) as tuples of axes of more than one device.
 
     split: the mesh axes that split `dim`; sizes: of the mesh axes. Raises ConfigError where the rings are others.
     """
-    found = (tuple(a.strip() for a in ring.split("+")) for ring in text.split(","))
-    found = (tuple(a for a in ring if sizes.get(a, 1) > 1) for ring in found)
-    found, split = tuple(ring for ring in found if ring), tuple(a for a in split if sizes.get(a, 1) > 1)
+    found, split = parsed(text, sizes), tuple(a for a in split if sizes.get(a, 1) > 1)
     if split != tuple(a for ring in found for a in ring):
         raise ConfigError(
             f"parallel.gradient_rings={text!r}: expected the mesh axes that split weights, {','.join(split) or 'none'} (rules.{dim}), in "

@@ -43,7 +43,7 @@ class Way(NamedTuple):
 
 def way(form, axis, tokens, k, num_experts, shards, *, groups=(1, 1), capacity=None, recv_bound=None, row_axes=()):
     """The Way of tokens (rows of the batch, time) of each of so many shards; groups, capacity: as of `parallel.expert.expert_ffn`."""
-    copies, bounds = exchange.copies(k, num_experts, shards, *groups), {"capacity": capacity, "recv_bound": recv_bound}
+    copies, bounds = exchange.copies(k, shards, *groups), {"capacity": capacity, "recv_bound": recv_bound}
     rows = exchange.pair_rows(*tokens, k, num_experts, shards, **bounds)
     if copies == k:
         return Way(form, axis, rows, None, None, recv_bound is not None, row_axes)
@@ -51,10 +51,11 @@ def way(form, axis, tokens, k, num_experts, shards, *, groups=(1, 1), capacity=N
     return Way(form, axis, rows, copies, copy_rows, recv_bound is not None, row_axes)
 
 
-def there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way):
+def there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way, implementation=None):
     """(y_ND, lost_kN): sums of ffn's rows over the choices of each token, and which choices were routed but found no room.
 
     ids: choice j N + n is the j-th of token n; E: not routed. ffn(rows_RD, sizes_e, weights_R) -> y_RD; rows sorted by expert, then 0.
+    implementation: of the grouped matmuls that add copies up.
     The weights travel too: applied before the last matrix, its products are not made again, and not sent back, for the backward pass.
     """
     N, (E,) = x_ND.shape[0], counts_E.shape
@@ -98,8 +99,8 @@ def there_and_back(x_ND, weights_M, ids_M, counts_E, ffn, way):
         copy_R = kept(jnp.where(used_R & (copy_R >= 0), copy_R, trip.total))
         # The barrier: merged with the copy of what is kept into its stack, the relayout takes twice as long.
         arrived_QD = kept(jax.lax.optimization_barrier(_flat(trip.there(trip.take(way.copies, x_N, copy_S, slot_CN)))))
-        y_RD = ffn(expand(trip.total, arrived_QD, copy_R), sizes_e, weights_R)
-        y_Q = _tiles(fold(trip.total, y_RD, copy_R))
+        y_RD = ffn(expand(trip.total, implementation, arrived_QD, copy_R), sizes_e, weights_R)
+        y_Q = _tiles(fold(trip.total, implementation, y_RD, copy_R))
         y_N = trip.add(way.copies, trip.back(y_Q, copy_S.shape[0]), copy_S, slot_CN)
     return _flat(y_N), lost_kN
 
@@ -124,7 +125,7 @@ class _Once(NamedTuple):
 
     to_CN: jax.Array  # [C N]: the shard to which copy c of a token goes, n for none
     counts_n: jax.Array  # copies to each shard
-    copy_kN: jax.Array  # the copy that serves a choice; C or more: there is none
+    copy_kN: jax.Array  # the copy that serves a choice; -1, or C and more: there is none
 
     def of_choices(self, x_CN):
         """[M]: the number of each choice's copy, -1 without one. Masked sums: a TPU gathers single numbers one after the other."""
@@ -145,15 +146,17 @@ def _once(ids_kN, e, n, copies):
     return _Once(to_CN, jnp.sum(to_CN == jnp.arange(n)[:, None], axis=1, dtype=jnp.int32), copy_kN)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def expand(total, x_QD, copy_R):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def expand(total, implementation, x_QD, copy_R):
     """Row copy[r] of the `total` rows of x for every r, [R, D]; copy[r] = total: any row."""
     return x_QD[jnp.minimum(copy_R, total - 1)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fold(total, y_RD, copy_R):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def fold(total, implementation, y_RD, copy_R):
     """The transpose of `expand`: sums of the rows with the same copy number, [total, D]; those of number `total` go nowhere.
+
+    Their gradient is any row, as `expand` gives it: what is past the last group is masked there, and what found no room is NaN anyway.
 
     Rows in the order of their copies; the sums of LANES copies are one product with the rows' one-hot places among them, a group of a
     grouped matmul's second gradient: no scatter-add, so gradients repeat bit for bit on every device.
@@ -165,9 +168,25 @@ def fold(total, y_RD, copy_R):
     sizes = jnp.sum(copy_R // LANES == jnp.arange(blocks)[:, None], axis=1, dtype=jnp.int32)
     sizes = sizes.at[-1].add(-jnp.sum((copy_R >= total) & (copy_R // LANES == blocks - 1), dtype=jnp.int32))
     nothing = jnp.zeros((blocks, LANES, y_RD.shape[1]), y_RD.dtype)
-    _, transpose = jax.vjp(lambda w: ops.grouped_matmul(own_RL, w, sizes), nothing)
+    _, transpose = jax.vjp(lambda w: ops.grouped_matmul(own_RL, w, sizes, implementation=implementation), nothing)
     return transpose(y_RD[order_R])[0].reshape(-1, y_RD.shape[1])[:total]
 
 
-expand.defvjp(lambda total, x_QD, copy_R: (expand(total, x_QD, copy_R), copy_R), lambda total, copy_R, dy: (fold(total, dy, copy_R), None))
-fold.defvjp(lambda total, y_RD, copy_R: (fold(total, y_RD, copy_R), copy_R), lambda total, copy_R, dx: (expand(total, dx, copy_R), None))
+def _expand_fwd(total, implementation, x_QD, copy_R):
+    return expand(total, implementation, x_QD, copy_R), copy_R
+
+
+def _expand_bwd(total, implementation, copy_R, dy_RD):
+    return fold(total, implementation, dy_RD, copy_R), None
+
+
+def _fold_fwd(total, implementation, y_RD, copy_R):
+    return fold(total, implementation, y_RD, copy_R), copy_R
+
+
+def _fold_bwd(total, implementation, copy_R, dx_QD):
+    return expand(total, implementation, dx_QD, copy_R), None
+
+
+expand.defvjp(_expand_fwd, _expand_bwd)
+fold.defvjp(_fold_fwd, _fold_bwd)

@@ -185,8 +185,14 @@ class Setup:
         return lines
 
     def filled(self):
-        """The share of the experts' buffers that holds tokens where loads are even (of the fullest kind of layer; 1: nothing travels)."""
-        return max((min(1.0, even / way.rows) for _, _, (way, _, even) in self._exchanges()), default=1.0)
+        """The shares of experts' rows, and of the buffers in which tokens travel, that are used where loads are even.
+
+        Of the fullest kind of layer; 1: nothing travels. A token with choices on fewer shards than it may go to leaves more of them empty.
+        """
+        rooms = [(way, even, part.config.top_k) for part, _, (way, _, even) in self._exchanges()]
+        rows = max((min(1.0, even / way.rows) for way, even, _ in rooms), default=1.0)
+        sent = max((min(1.0, even * (way.copies if way.once else k) / k / way.arriving) for way, even, k in rooms), default=1.0)
+        return rows, sent
 
     def _exchanges(self):
         """(part, devices, `room`) of each kind of MoE layer whose tokens travel to experts on other devices."""

@@ -44,7 +44,8 @@ def _grouped_bwd(transposed, interpret, operands, dout_MN):
 
     @jax.custom_batching.sequential_vmap
     def rows(dout_MN, rhs, group_sizes_E, rhs_scale_EN):
-        return grouped_rows(dout_MN, rhs, group_sizes_E, lhs_scale_EC=rhs_scale_EN, transposed=not transposed, interpret=interpret)
+        return grouped_rows(dout_MN, rhs, group_sizes_E, lhs_scale_EC=rhs_scale_EN, transposed=not transposed, interpret=interpret,
+                            name="grouped_matmul_dlhs")
 
     @jax.custom_batching.sequential_vmap
     def matrices(lhs_MK, dout_MN, rhs, group_sizes_E, rhs_scale_EN):

@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul.tpu_visits import RowVisits, row_visits
 from pallas_kernels.tpu import LANES, chip, precision
 
 
-def grouped_rows(lhs_MC, rhs, group_sizes_E, lhs_scale_EC=None, out_scale_EO=None, *, transposed, interpret):
+def grouped_rows(lhs_MC, rhs, group_sizes_E, lhs_scale_EC=None, out_scale_EO=None, *, transposed, interpret, name="grouped_matmul"):
     """[M,O] in the dtype of lhs: (lhs * lhs_scale[group]) @ rhs[group] * out_scale[group]; rhs [E,C,O], or [E,O,C] if transposed."""
     (M, C), dtype = lhs_MC.shape, lhs_MC.dtype
     O = rhs.shape[1 if transposed else 2]
@@ -72,7 +72,7 @@ def grouped_rows(lhs_MC, rhs, group_sizes_E, lhs_scale_EC=None, out_scale_EO=Non
         cost_estimate=pl.CostEstimate(flops=2 * M * C * O, transcendentals=0,
                                       bytes_accessed=columns * lhs_MC.nbytes + rhs.nbytes + M * O * dtype.itemsize),
         interpret=interpret,
-        name="grouped_matmul_dlhs" if transposed else "grouped_matmul",
+        name=name,
     )(*visits, *operands)
 
 

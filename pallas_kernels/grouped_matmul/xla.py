@@ -25,6 +25,7 @@ def multiply(lhs_MK, rhs_EKN, group_sizes_E, rhs_scale_EN, transposed=False):
         # A scale per column commutes with the matmul: the int8 values stay int8 in memory.
         expert_M = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(lhs_MK.shape[0]), side="right", method="scan_unrolled")
         out_MN = out_MN * rhs_scale_EN.astype(out_MN.dtype)[jnp.minimum(expert_M, rhs_EKN.shape[0] - 1)]
+        out_MN = _used_rows(out_MN, group_sizes_E)  # here: the gradient of a row of no group may be nan
     return out_MN.astype(lhs_MK.dtype)
 
 

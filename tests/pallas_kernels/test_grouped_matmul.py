@@ -74,6 +74,20 @@ def test_poison_past_the_last_group_stays_there(implementation):
     assert all(jnp.isfinite(a).all() for a in (out, *grads)) and not out[70:].any() and not grads[0][70:].any()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_poison_past_the_last_group_reaches_no_scale(implementation):
+    lhs, rhs, dout = operands(10, 8, 8, 3)
+    dout, sizes = dout.at[7:].set(jnp.nan), jnp.array([3, 0, 4], jnp.int32)
+
+    @jax.jit
+    def gradient(scale):
+        out, pull = jax.vjp(lambda s: grouped_matmul(lhs, rhs, sizes, rhs_scale_EN=s, implementation=implementation), scale)
+        return pull(dout)[0]
+
+    found = gradient(jnp.ones((3, 8)))
+    assert jnp.isfinite(found).all() and found[0].all() and not found[1].any()
+
+
 def test_the_form_for_other_platforms_equals_the_one_for_cpu():
     lhs, rhs, dout = operands(100, 8, 6, 3)
     lhs, dout, sizes = lhs.at[80:].set(jnp.nan), dout.at[80:].set(jnp.nan), jnp.array([20, 0, 60], jnp.int32)

@@ -30,8 +30,8 @@ def test_fold_and_expand_as_segment_sums_and_indexing(total, rows, x64):
         return jax.ops.segment_sum(jnp.where(used[:, None], y, 0), copy_R, total)
 
     for name, form, plain, a in (
-        ("fold", lambda y: travel.fold(total, y, copy_R), summed, y),
-        ("expand", lambda x: travel.expand(total, x, copy_R)[used], lambda x: x[copy_R[used]], x),
+        ("fold", lambda y: travel.fold(total, None, y, copy_R), summed, y),
+        ("expand", lambda x: travel.expand(total, None, x, copy_R)[used], lambda x: x[copy_R[used]], x),
     ):
         (got, pull), (want, pull_plain) = jax.vjp(form, a), jax.vjp(plain, a)
         cotangent = rng.normal(size=want.shape)
@@ -53,7 +53,7 @@ def test_fold_and_expand_as_segment_sums_and_indexing(total, rows, x64):
     ],
 )
 def test_no_token_needs_more_copies_than_there_are(k, E, n, groups, copies):
-    assert exchange.copies(k, E, n, *groups) == copies
+    assert exchange.copies(k, n, *groups) == copies
     rng, most = np.random.default_rng(0), 0
     for _ in range(300):
         group = rng.permutation(groups[0])[: groups[1]]
@@ -115,7 +115,7 @@ def in_groups(rng, groups, top, k):
 def test_fewer_copies_where_choices_keep_to_groups(x64):
     """4 choices in 2 of 4 groups on 4 shards: two copies; ids that break the promise are found out, and only their tokens are lost."""
     ids = in_groups(np.random.default_rng(0), 4, 2, 4)
-    assert exchange.copies(4, E, 4, 4, 2) == 2
+    assert exchange.copies(4, 4, 4, 2) == 2
     y, overflow, want = run(ids, groups=(4, 2), bound=9.0)
     assert_trees_close(y, want, rel=1e-11)
     assert float(overflow) == 0

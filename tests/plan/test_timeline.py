@@ -36,7 +36,7 @@ def test_a_ragged_exchange_sends_what_its_buffers_hold(mesh):
     """Its arrays have room for more rows than even loads need; an ordinary all-to-all sends everything."""
     body = "%a = bf16[1024,1024]{1,0} KIND(%x, %w), replica_groups=[16,4]<=[64]"
     for kind, share in (("ragged-all-to-all", 0.25), ("all-to-all", 1.0)):
-        full, quarter = (run(body.replace("KIND", kind), mesh, filled=filled)[0] for filled in (1.0, 0.25))
+        full, quarter = (run(body.replace("KIND", kind), mesh, filled=filled)[0] for filled in ((1.0, 1.0), (1.0, 0.25)))
         assert quarter.collective == kind and quarter.bytes == pytest.approx(share * full.bytes)
         assert (quarter.exposed < 0.5 * full.exposed) == (share < 1)
 

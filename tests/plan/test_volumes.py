@@ -95,6 +95,12 @@ def test_tokens_travel_to_experts_and_back(experts, rows):
         assert (("expert",), "all-gather") not in found
 
 
+def test_tokens_travel_again_unless_their_trips_are_kept():
+    moe = {"channel": ("moe",), "channels": {"moe": {"num_experts": 4, "top_k": 2, "hidden": 16}}}
+    sent = {r: total({"expert": 2}, 2, model=moe, remat=r)[("expert",), "all-to-all"] for r in ("none", "full", "dots", "save:dispatch")}
+    assert sent["full"] == sent["dots"] > 1.2 * sent["none"] and sent["save:dispatch"] < sent["full"]
+
+
 def test_stages_pass_what_they_computed_at_every_tick():
     found = total({"stage": 2}, 2)
     ticks = 1 + 2 - 1
@@ -156,6 +162,9 @@ def test_rings_of_experts_gradients_begin_everywhere_at_once():
     assert found[("data",), "collective-permute"] == found[("fsdp",), "collective-permute"] == 3 / 4 * experts / 2 * (1 + 1 / 2)
     with pytest.raises(ConfigError, match="expected the mesh axes that split weights, data,fsdp"):  # as when it is compiled
         total({"data": 2, "fsdp": 2, "expert": 2}, 8, **fields | {"parallel": {"gradient_rings": "fsdp,data"}})
+    moe["channels"]["moe"]["bias"] = True
+    come = fields | {"rules": {"embed": "fsdp"}, "parallel": {"gradient_rings": "fsdp", "experts": "gather"}}
+    assert total({"fsdp": 2, "expert": 2}, **come)[("fsdp",), "collective-permute"]
 
 
 def test_a_mixer_made_again_gathers_its_weights_again():

@@ -57,5 +57,7 @@ def test_how_full_the_buffers_of_an_exchange_are():
     config = load("moe_1b", "small")
     config.mesh.expert, config.parallel.recv_bound = 2, 2.0
     bounded = setups.Setup(config, lambda *_: None, jax.devices()[:8])
-    assert bounded.filled() == 0.5 and any("even loads" in line for line in bounded.spread())
-    assert setups.Setup(load("moe_1b", "small"), lambda *_: None, jax.devices()[:8]).filled() == 1.0
+    assert bounded.filled() == (0.5, 0.5) and any("even loads" in line for line in bounded.spread())
+    assert setups.Setup(load("moe_1b", "small"), lambda *_: None, jax.devices()[:8]).filled() == (1.0, 1.0)
+    config.model.channels.moe.top_k, config.parallel.recv_bound = 4, None  # both shards hold choices of nearly every token, once each
+    assert setups.Setup(config, lambda *_: None, jax.devices()[:8]).filled() == (0.5, 1.0)

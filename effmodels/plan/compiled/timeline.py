@@ -33,13 +33,13 @@ _FREE_CALLS = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer|Sli
 BANDS = {"v4": (1.05, 1.25)}
 
 
-def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, wrap=None, filled=1.0) -> list[Operation]:
+def operations(hlo_text, mesh, chip_name, *, dumped=None, kernel_seconds=None, wrap=None, filled=(1.0, 1.0)) -> list[Operation]:
     """Every instruction of one chip that takes time, in the order of execution, with `calls` as often as its loops run.
 
     mesh: the program's; its devices tell where on the torus they are. chip_name: of `chips.CHIPS`. dumped: the `dump.Dump` of the same
     compilation, whose bundles are then simulated. kernel_seconds: {kernel name, as `kernel_time.name` gives it: seconds of one run}, which
-    go before the table. wrap: as of `wire.Wires`. filled: the share of the experts' buffers that holds rows; a
-    ragged exchange sends, and a grouped product multiplies, only those.
+    go before the table. wrap: as of `wire.Wires`. filled: as of `Setup.filled`, the
+    shares of rows that a grouped product multiplies, and that a ragged exchange sends.
     """
     chip = chips.get(chip_name)
     costs = instrument.profile(hlo_text, dumped, chip_name, strict=False) if dumped is not None else []
@@ -117,7 +117,7 @@ class _Player:
     def __init__(self, module, mesh, chip, wires, origins, costs, kernel_seconds, filled):
         self.module, self.mesh, self.chip, self.wires, self.origins = module, mesh, chip, wires, origins
         self.costs, self.kernel_seconds, self.traffic = costs, kernel_seconds, traffic.Traffic(module)
-        self.cycle, self.filled = movement.cycle(chip), filled
+        self.cycle, (self.filled, self.sent) = movement.cycle(chip), filled
 
     def play(self, computation, calls):
         """(operations, seconds of one run) of a computation that runs `calls` times."""
@@ -211,7 +211,7 @@ class _Player:
 
     def _collectives(self, i, members, asynchronous, calls, clock, found, names=()):
         for c in members:
-            c = dataclasses.replace(c, size=c.size * self.filled) if c.kind == "ragged-all-to-all" else c
+            c = dataclasses.replace(c, size=c.size * self.sent) if c.kind == "ragged-all-to-all" else c
             time = self.wires.time(c)
             transfer = clock.links.start(time.seconds, time.links)
             known = {"bytes": c.sent, "axes": c.axes, "collective": c.kind, **self._origin(i)}

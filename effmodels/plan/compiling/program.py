@@ -122,7 +122,7 @@ def assemble(compiled, config, place, *, what="train", level=None, name="") -> P
         tokens=record["tokens"],
         steps=run.steps if training else 1,
         model_flops=record["model_flops"],
-        executed_flops=sum(p["flops"] * p["calls"] for p in programs) - _of_empty_rows(operations, record["filled"], place.chips),
+        executed_flops=sum(p["flops"] * p["calls"] for p in programs) - _of_empty_rows(operations, record["filled"][0], place.chips),
         memory=whole,
         operations=operations,
         bubble=_bubble(record) if training else 0.0,

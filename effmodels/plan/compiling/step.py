@@ -61,7 +61,7 @@ def _compile(request):
         "stages": setup.stages,
         "rounds": setup.options.rounds,
         "balance": _balance(setup),
-        "filled": setup.filled() if what == "train" else 1.0,
+        "filled": setup.filled() if what == "train" else (1.0, 1.0),
         **_work(setup, what),
         "accumulates": what == "train" and (setup.accumulation == "loop" or setup.config.batch_size > setup.micro_batch),
         "notes": setup.spread() if what == "train" else state.notes,

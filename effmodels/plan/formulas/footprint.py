@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from effmodels.config import named_remat
 from effmodels.models import mtp
 from effmodels.models.blocks import segments
-from effmodels.parallel import axes, expert
+from effmodels.parallel import axes, expert, scatter
 from effmodels.plan.formulas import liveness, volumes
 from effmodels.plan.records import Memory
 
@@ -151,7 +151,7 @@ class Footprint:
         run, names = self.run, ("num_experts", "top_k")
         if not part.cls.reports_load or not all(hasattr(part.config, n) for n in names):
             return 0
-        if run.options.gradient_rings:  # along which they are gathered as they are used
+        if scatter.parsed(run.options.gradient_rings, run.sizes):  # joined before they are gathered
             return 0
         inputs = [
             a for p, a in run.model.state.params.items()

@@ -73,7 +73,7 @@ def recomputes(run, name):
     """Whether the backward pass runs again what makes the value of this name (of `config.SAVEABLE`)."""
     remat = run.config.model.remat
     if (names := named_remat(remat)) is None:
-        return remat == "full" or remat != "none" and name == "kernel"
+        return remat == "full" or remat != "none" and name in ("kernel", "dispatch")
     return name not in (*names[0], *names[1])
 
 
@@ -106,8 +106,8 @@ def _weights(run):
         if gathered and place and info.is_matrix and not experts and run.options.gradient_sum == "ring":
             yield from _rings(run, path, each * compute, gathered, summed, times, layer)
             continue
-        if gathered and experts and run.options.gradient_rings:
-            rings = scatter.checked(run.options.gradient_rings, gathered, run.sizes)
+        if experts and "embed" in info.dim_names and scatter.parsed(run.options.gradient_rings, run.sizes):
+            rings = scatter.checked(run.options.gradient_rings, [a for a in gathered if a not in run.over("expert")], run.sizes)
             yield from _scattered(run, rings, each * compute * g, times, layer)
             continue
         # Inside their shard_map XLA scatters the sums of the matrices that rows enter, and not of those that they leave.
