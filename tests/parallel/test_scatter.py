@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from effmodels.config import ConfigError
-from effmodels.parallel import axes, mesh, scatter
+from effmodels.parallel import axes, expert, mesh, scatter
 from effmodels.parallel.options import Options
 from tests.contract.cases import draw, jit
 from tests.numerics import assert_trees_close
@@ -75,6 +75,14 @@ def test_biases_of_experts_with_rings(x64):
     want = test_expert.BIASED(False, *arrays)
     with axes.use(mesh.make_mesh(sizes), rules, Options(experts="padded", gradient_rings=rings)):
         assert_trees_close(test_expert.BIASED(True, *arrays), want, rel=1e-11)
+
+
+def test_a_width_that_rings_cannot_split_is_refused():
+    x, w = draw(4, 4, 6), (draw(4, 6, 8), draw(4, 8, 6))
+    ids, weights = np.zeros((4, 4, 1), np.int32), np.ones((4, 4, 1))
+    with axes.use(mesh.make_mesh({"fsdp": 4}, jax.devices()[:4]), {"embed": "fsdp"}, Options(gradient_rings="fsdp")):
+        with pytest.raises(ConfigError, match="gradient_rings: experts of width 6 cannot be split over 4"):
+            jax.eval_shape(lambda x: expert.expert_ffn(x, ids, weights, w[:1], w[1], jnp.tanh), x)
 
 
 def test_what_is_summed_travels_by_permutes():
