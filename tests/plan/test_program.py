@@ -201,7 +201,9 @@ def test_a_step_for_four_chips(what):
     compiled = program.compile_step(program.as_mapping(config, {"fsdp": 2, "tensor": 2}), topology.parse("v4:2x2x1"), what=what, level="O0")
     said = compiled.record["programs"][0]["memory"]  # the compiler's report is more than what is alive at once, by what lies between
     assert found.memory.total == said["hbm"] + said["generated_code"] and said["peak"] < said["hbm"] < said["argument"] + 2 * said["temp"]
-    assert whole.param_bytes / 4 <= found.memory.parameters < 0.6 * whole.param_bytes  # heads over tensor, the rest over fsdp as well
+    # Heads over tensor, the rest over fsdp as well; serving holds all that a bfloat16 product reads in bfloat16, the router not.
+    shard = found.memory.parameters * (1 if what == "train" else 2)
+    assert whole.param_bytes / 4 <= shard < 0.6 * whole.param_bytes
     if what == "decode":
         assert found.tokens == config.batch_size and found.model_flops == whole.decode_flops_per_token * config.batch_size
     if what != "train":
