@@ -44,7 +44,10 @@ NEED = ("aot", "gpu_compile", "gpu")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the core tests; leaves slow ones out unless SLOW_SHARD=k/n asks for the k-th of n parts, and NEED unless asked for by name."""
+    """Marks the core tests; leaves slow ones out unless SLOW_SHARD=k/n asks for the k-th of n parts, and NEED unless asked for by name.
+
+    The first part, which the gate runs, also has every test marked `slow(always=True)`.
+    """
     kept, left_out = [], []
     for item in items:
         if pathlib.Path(item.path).parent.name in CORE:
@@ -60,12 +63,13 @@ def _wanted(item, expression):
     asked = set(re.findall(r"\w+", expression or ""))
     if any(item.get_closest_marker(name) and name not in asked for name in NEED):
         return False
-    slow, shard = item.get_closest_marker("slow") is not None, os.environ.get("SLOW_SHARD")
-    return not slow if shard is None else slow and _in_shard(item.nodeid, shard)
+    slow, shard = list(item.iter_markers("slow")), os.environ.get("SLOW_SHARD")
+    return not slow if shard is None else bool(slow) and _shard(item.nodeid, slow, shard)
 
 
-def _in_shard(nodeid, shard):
+def _shard(nodeid, slow, shard):
     k, n = map(int, shard.split("/"))
     if not 1 <= k <= n:
         raise pytest.UsageError(f"SLOW_SHARD={shard}: expected k/n with 1 <= k <= n.")
-    return int(hashlib.sha256(nodeid.encode()).hexdigest(), 16) % n == k - 1
+    always = any(mark.kwargs.get("always") for mark in slow)
+    return k == (1 if always else 1 + int(hashlib.sha256(nodeid.encode()).hexdigest(), 16) % n)

@@ -47,6 +47,7 @@ def test_a_layer_is_its_mixer_with_norm_and_residual(position, residual, x64):
     assert_close("layer", y, want, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [pytest.param(ALONE, id="alone"), pytest.param(BETWEEN, id="between", marks=pytest.mark.slow)])
 def test_scanned_equals_unrolled_and_steps_equal_the_row(fields, x64):
     """Loss and every gradient; then a left-padded prefill and steps against the whole row."""

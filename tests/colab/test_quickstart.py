@@ -61,6 +61,7 @@ def test_runs_as_a_script(tmp_path):
     check_results(tmp_path, ran.stdout)
 
 
+@pytest.mark.slow(always=True)
 @pytest.mark.subprocess
 def test_runs_as_a_notebook(tmp_path, monkeypatch):
     """After the script, so that its programs come from the compilation cache."""

@@ -27,6 +27,7 @@ SLOW = {  # what they hold is in other cases too
     ("retention", "bare"), ("lightning", "minimax"), ("lightning", "ring"), ("local_global", "first"), ("local_global", "top_strided"),
     ("local_global", "every_strided_gate"), ("gated_delta", "grouped"), ("ssd", "groups"),
     ("block_sparse", "gqa"), ("mlp", "swiglu"), ("mlp", "geglu"), ("mlp", "relu2"), ("moe", "top1_raw"),
+    ("local_global", "top_gate"), ("retention", "paper_chunk"), ("topk_sparse", "gqa"),
 }  # fmt: skip
 
 # A kernel whose slow twin is a scan, which the compiler's count sees once, is counted in another implementation without loops.

@@ -56,7 +56,7 @@ def one_device():
         return config, params, buffers, infos, batch, jax.device_get(jit(run)(params, buffers, batch))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("data", "fsdp", "mixed") else []) for n in MESHES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow(always=n in ("tensor", "time"))) for n in MESHES])
 def test_sharded_equals_one_device(one_device, name, x64):
     config, params, buffers, infos, batch, ((want, want_parts), want_grads) = one_device
     if name == "mixed":  # the kernels that run by default, in one of the meshes
@@ -99,7 +99,7 @@ def unrolled_run():
 
 @pytest.mark.parametrize(
     "remat, implementation",
-    [("full", "reference")]
+    [pytest.param("full", "reference", marks=pytest.mark.slow(always=True))]
     + [pytest.param(*case, marks=pytest.mark.slow) for case in (("none", "reference"), ("dots", "reference"), ("dots_no_batch", "xla"))],
 )
 def test_scanned_equals_unrolled(unrolled_run, remat, implementation, x64):
@@ -129,6 +129,7 @@ def test_same_initial_values_scanned_and_unrolled():
     assert not any(a.shape == b.shape and np.array_equal(a, b) for i, a in enumerate(layers) for b in layers[:i]), "two layers start equal"
 
 
+@pytest.mark.slow(always=True)
 def test_dropout_depends_on_layer_site_and_key(x64):
     """With a key the loss changes, with another key it changes again; without one, dropout is off."""
     config = all_kinds_config(dropout=0.5, implementation="reference")

@@ -46,6 +46,7 @@ def test_streams_reproducibly_and_stops(workdir):
     assert stopped.stdout == "def " + new[: new.index(new[3:5])] + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_evaluates_by_position_on_longer_rows(workdir, tmp_path):
     scaling, out = "--rope_scaling=kind=ntk,factor=2", tmp_path / "bins.json"

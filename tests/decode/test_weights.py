@@ -97,6 +97,7 @@ def test_every_mixer_decodes_the_same_bits():
     assert bits(model_state.split(model)[1]) == bits(model_state.split(build(model.config))[1]), "the caller's model has changed"
 
 
+@pytest.mark.slow
 def test_a_model_with_a_memory_decodes_the_same_bits():
     config = ModelConfig(
         vocab_size=29, d_model=16, num_layers=2, pattern=("cross_attention", "attention"), compute_dtype="bfloat16",
@@ -147,6 +148,7 @@ def test_nothing_is_traced_or_copied_where_nothing_is_wider():
     assert served(build(SMALL)) is not ready and weights._narrowed._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_under_a_mesh_the_bits_are_the_same():
     model = build(SMALL)
     with axes.use(mesh.make_mesh({"data": 2}, jax.devices()[:2]), axes.decode_rules(axes.make_rules())):

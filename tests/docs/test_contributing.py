@@ -71,6 +71,7 @@ def test_it_is_the_average_that_it_says_it_is(ema, x64):
         assert_close(f"token {t}", got[t], average @ w if ids[0, t] else np.zeros(16), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_model_with_it_trains_and_decodes(ema):
     model = nnx.eval_shape(build, jax.random.key(0))
     graphdef = model_state.split(model)[0]

@@ -23,6 +23,7 @@ def decoder(vocab_size=258):
     return Decoder({"vocab_size": vocab_size, "d_model": 16, "num_layers": 2, **parts}, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_bytes_become_a_tokenizer_file_with_the_same_ids(tmp_path):
     model, bytes_ = decoder(), ByteTokenizer()
     assert save_pretrained(model, tmp_path, tokenizer=bytes_) == "llama"

@@ -80,6 +80,7 @@ def test_learned_positions_end_loudly():
     assert np.all(np.isnan(model.step(jnp.zeros((1,), jnp.int32), state)[0]))
 
 
+@pytest.mark.slow
 def test_retention_with_the_decay_normaliser_packed_equals_alone():
     mixers = {"retention": {"num_heads": 2, "decay_norm": True, "head_norm_eps": 1e-2}}
     model = Decoder({"vocab_size": 11, "d_model": 16, "num_layers": 2, "pattern": ("retention",), "mixers": mixers}, rngs=nnx.Rngs(0))

@@ -48,7 +48,7 @@ def test_host_memory_is_one_tensor_and_one_layer(tmp_path):
     assert folders.contents(tmp_path / "b") == folders.contents(path)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_neox", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_neox", "gpt_oss"))])
 def test_onto_a_mesh_shard_by_shard(tmp_path, name):
     path = folders.folder(tmp_path / "a", name)
     mesh = meshes.make_mesh({"fsdp": 2, "tensor": 2, "data": -1})
@@ -65,6 +65,7 @@ def test_onto_a_mesh_shard_by_shard(tmp_path, name):
     assert folders.contents(tmp_path / "b") == folders.contents(path)
 
 
+@pytest.mark.slow
 def test_dtype_on_request_and_stacks_in_place(tmp_path):
     path = folders.folder(tmp_path, "llama", dtype="bfloat16")
     wide, _ = load_pretrained(path, dtype="float32")

@@ -161,6 +161,7 @@ def batch():
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": DOCUMENTS[None], **source}
 
 
+@pytest.mark.slow
 def test_logits_with_and_without_images_are_bit_equal_at_the_start():
     """The gates start at 0; opened, the images are seen. A scanned model of two periods, its loss included."""
     build = functools.partial(Decoder, config(), rngs=nnx.Rngs(0))
@@ -183,6 +184,7 @@ def test_logits_with_and_without_images_are_bit_equal_at_the_start():
     assert np.abs(np.asarray(without) - np.asarray(with_images)).max() > 1e-3 and text_loss != image_loss
 
 
+@pytest.mark.slow
 def test_a_model_decodes_with_images(x64):
     """Prefill in two pieces and steps equal the whole row; every layer computes its keys and values once."""
     graphdef, params, buffers = fill(lambda: Decoder(config(param_dtype="float64", compute_dtype="float64"), rngs=nnx.Rngs(0)))

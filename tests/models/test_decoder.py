@@ -144,6 +144,7 @@ def test_sums_add_up_over_micro_batches(x64):
     assert_trees_close(((ce, weight, losses, load), grads), halves, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_finite_and_near_float32():
     graphdefs = {}
     for dtype in ("float32", "bfloat16"):

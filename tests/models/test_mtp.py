@@ -55,7 +55,8 @@ def slow_losses(model, batch):
     return sums
 
 
-@pytest.mark.parametrize("form", ["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
+@pytest.mark.slow(always=True)
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
 def test_losses_and_gradients_equal_documents_alone(form, x64):
     config = config_of(form)
     graphdef, params, buffers = fill(lambda: Decoder(config, rngs=nnx.Rngs(0)))
@@ -111,7 +112,8 @@ def test_names_and_counts(form):
 SPLIT = {"fsdp": 2, "tensor": 2}, {"data": 2, "seq": 2}
 
 
-@pytest.mark.parametrize("sizes, layout", [pytest.param(SPLIT[0], "contiguous", marks=pytest.mark.slow), (SPLIT[1], "zigzag")], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes, layout", [(SPLIT[0], "contiguous"), (SPLIT[1], "zigzag")], ids=str)
 def test_sharded_equals_one_device(sizes, layout, x64):
     config = config_of("sequential", dropout=0.1, pattern=("attention",), mixers={"attention": {"num_heads": 2}}, vocab_size=14)
     graphdef, params, buffers = fill(lambda: Decoder(config, rngs=nnx.Rngs(0)))

@@ -34,7 +34,8 @@ def numbers(config):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_numbers_stay_and_the_program_shrinks(remat, x64):
     config = dataclasses.replace(CONFIG, compute_dtype="float64", remat=remat)
     ((value, loads), grads), products = numbers(dataclasses.replace(config, scan_neighbours=True))

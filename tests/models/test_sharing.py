@@ -96,7 +96,8 @@ def test_shared_layers_equal_layers_with_equal_weights(form, x64):
     np.testing.assert_allclose(jit(decoded)(params), want, atol=1e-6)  # logits are float32
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow(always=True)
+@pytest.mark.parametrize("rank", [0, 2])
 def test_neighbours_scanned_equal_unrolled_and_keep_their_names(rank, x64):
     config = dataclasses.replace(CONFIG, **NEIGHBOURS, sharing={"channel": "neighbours:2", "rank": rank})
     flat = dataclasses.replace(config, scan_layers=False)

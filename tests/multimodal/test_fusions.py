@@ -116,6 +116,7 @@ def test_a_model_trains_on_images_and_decodes_with_them(name, x64):
     assert priced.decode_state_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_closed_gates_are_bit_equal_to_no_images_at_all():
     """Flamingo's layers, attention and feed-forward both, start as the identity: the model of text that they were put into."""
     graphdef, params, _ = fill(lambda: Decoder(config("cross_attention"), rngs=nnx.Rngs(0)))

@@ -84,7 +84,7 @@ RAGGED = [100, 0, 33, 64, 3, 31]
 
 @pytest.mark.parametrize("sizes, M, K, N, dtype, weights", [
     (RAGGED, 300, 200, 300, "float32", "plain"),  # odd K and N: masked last blocks of the contractions
-    (RAGGED, 300, 200, 300, "float32", "turned"),
+    pytest.param(RAGGED, 300, 200, 300, "float32", "turned", marks=pytest.mark.slow),
     (RAGGED, 300, 128, 512, "bfloat16", "turned"),
     (RAGGED, 300, 128, 512, "bfloat16", "plain"),  # two blocks of columns per core: the chain of fetches goes on
     (RAGGED, 300, 200, 140, "float32", "scaled"),
@@ -123,7 +123,8 @@ def test_drawn_shapes(seed, x64, small_blocks):
     check(sizes.tolist(), M, *(int(x) for x in rng.integers(1, 400, 2)), str(dtype), str(weights))
 
 
-@pytest.mark.parametrize("sizes, M, rows", [([0, 5, 0, 9, 3], 20, 4), ([8, 8], 16, 8), ([0, 0, 0], 3, 8), ([1] * 7, 7, 2), ([16], 16, 8)])
+@pytest.mark.parametrize("sizes, M, rows", [([0, 5, 0, 9, 3], 20, 4), ([0, 0, 0], 3, 8), *(
+    pytest.param(*c, marks=pytest.mark.slow) for c in (([8, 8], 16, 8), ([1] * 7, 7, 2), ([16], 16, 8)))])
 def test_visits_cover_every_row_once(sizes, M, rows):
     """Played in order: each row is stored by one visit, with its expert; tiles are written in order; experts are opened and closed once."""
     visits = jax.tree.map(np.asarray, tpu_visits.row_visits(jnp.array(sizes), M, rows))

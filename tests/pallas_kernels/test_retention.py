@@ -72,7 +72,8 @@ def test_reference_equals_oracle(per_token, segments, x64):
 
 
 @pytest.mark.parametrize("T, chunk, per_token, packed", [
-    (1, None, False, False), (13, 4, False, True), (13, 5, True, True), (63, 16, True, False), (200, 64, False, False),
+    (1, None, False, False), (13, 4, False, True), (13, 5, True, True), (63, 16, True, False),
+    pytest.param(200, 64, False, False, marks=pytest.mark.slow),
     pytest.param(200, 32, True, False, marks=pytest.mark.slow), pytest.param(200, 200, False, False, marks=pytest.mark.slow),
     pytest.param(63, 1, True, False, marks=pytest.mark.slow), pytest.param(13, 13, True, True, marks=pytest.mark.slow),
     pytest.param(13, 3, False, True, marks=pytest.mark.slow),
@@ -92,7 +93,7 @@ def test_long_rows_go_block_by_block(chunk, per_token, packed, x64, monkeypatch)
     check_against_recurrence(13, chunk, per_token, packed)
 
 
-@pytest.mark.parametrize("B, per_token", [(1, False), (2, True)])
+@pytest.mark.parametrize("B, per_token", [pytest.param(1, False, marks=pytest.mark.slow), (2, True)])
 def test_memory_of_long_rows_is_that_of_a_block(B, per_token):
     """With every gradient, temporaries grow with the length by the states between blocks alone: a tenth of an operand, no copy of one."""
     def temporaries(T):

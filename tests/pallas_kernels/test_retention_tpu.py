@@ -90,8 +90,8 @@ def check(B, T, N, H, P, per_token=False, packed=False, dtype=jnp.float32, seed=
 @pytest.mark.parametrize("case", [
     dict(B=1, T=300, N=2, H=128, P=128, per_token=True, packed=True),
     dict(B=1, T=500, N=1, H=128, P=256, dtype=jnp.bfloat16),
-    dict(B=2, T=129, N=4, H=64, P=32, packed=True),
-    dict(B=1, T=100, N=2, H=24, P=80, per_token=True, dtype=jnp.bfloat16),
+    pytest.param(dict(B=2, T=129, N=4, H=64, P=32, packed=True), marks=pytest.mark.slow),
+    pytest.param(dict(B=1, T=100, N=2, H=24, P=80, per_token=True, dtype=jnp.bfloat16), marks=pytest.mark.slow),
     dict(B=2, T=1, N=2, H=64, P=64),
 ], ids=str)
 def test_equals_reference(case):
@@ -133,7 +133,9 @@ def test_cut_states(monkeypatch):
     check(1, 140, 2, 40, 20, per_token=True)
 
 
-@pytest.mark.parametrize("per_token, decay", [(False, -30.0), (True, -30.0), (True, "mixed"), (True, -np.inf)])
+@pytest.mark.parametrize(
+    "per_token, decay", [(True, -30.0), (True, "mixed"), (True, -np.inf), pytest.param(False, -30.0, marks=pytest.mark.slow)]
+)
 def test_extreme_decays(per_token, decay):
     """Strong decays beside weak ones cost no digits, neither in values nor in the gradient of the decay itself."""
     q, k, v, g, state = inputs(1, 200, 1, 16, 16, per_token)

@@ -60,7 +60,7 @@ def simulate(form, rows, sends):
 
 
 @pytest.mark.parametrize("form", ["padded", "ragged"])
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("n", [1, 3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_offsets_bring_every_row_to_its_expert_and_back(form, n):
     """All ranks simulated in numpy, for random counts, idle experts, full skew, unrouted choices, with room for all and without."""
     M, e, rng = 12, 2, np.random.default_rng(n)

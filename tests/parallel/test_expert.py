@@ -240,6 +240,7 @@ def test_a_layer_over_expert_fsdp_and_a_zigzag_sequence(x64):
     assert_trees_close(layouts.from_layout(dx, "zigzag", 2), want_dx, rel=1e-11)
 
 
+@pytest.mark.slow(always=True)
 def test_a_decoder_with_experts_scanned_and_rematerialised(x64):
     """Loss and every gradient on an expert x tensor mesh; too small a bound: a loss that is not finite, and the metric that says why."""
     config = ModelConfig(

@@ -23,7 +23,7 @@ MESHES = {
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dim", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("case", MESHES)
 def test_rings_sum_and_scatter_exactly(case, dim):
     """Whole numbers, so that no order of sums rounds; 3 and 389 columns do not divide by the links, 1,100 is no multiple of the lanes."""

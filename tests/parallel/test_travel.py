@@ -18,7 +18,7 @@ from tests.contract.cases import draw, jit
 from tests.numerics import assert_close, assert_trees_close
 
 
-@pytest.mark.parametrize("total, rows", [(1, 3), (37, 90), (128, 300), (257, 1)])
+@pytest.mark.parametrize("total, rows", [(1, 3), (37, 90), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((128, 300), (257, 1)))])
 def test_fold_and_expand_as_segment_sums_and_indexing(total, rows, x64):
     """Values and gradients; rows of no copy (number `total`) hold nan, copies without rows are 0."""
     rng = np.random.default_rng(total)

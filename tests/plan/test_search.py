@@ -116,6 +116,7 @@ def test_applying_leaves_the_config_alone():
     assert changed["mesh"]["fsdp"] == 4 and changed["train"]["remat"] == "full" and c.mesh.fsdp == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_not_proposed():
     """A chip with less memory than the leanest settings need; one with as much as they need."""
     plan = closed_form.price(search.abstract.place(variants.lean(_on({"data": 1, "fsdp": 4})), place(4)), place(4))

@@ -55,6 +55,7 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
+@pytest.mark.slow(always=True)
 def test_two_processes_train_to_the_losses_of_one(tmp_path):
     """Rows over both processes, and a split sequence whose halves they hold together: the mesh decides who reads what."""
     one = run(tmp_path / "one", 1, 4, *TINY, "--config.mesh.data=4")

@@ -82,6 +82,7 @@ def hub(folder):
     return folder / "hub"
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_onto_a_mesh_under_other_rules(corpus, tmp_path):
     source = hub(tmp_path)
     given = config(corpus, **{"start_from": str(source), "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "rules.embed": "data"})

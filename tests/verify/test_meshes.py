@@ -16,10 +16,10 @@ MESHES = [c for n in (1, 2) for c in itertools.combinations(AXES, n)] + [
     ("fsdp", "seq", "expert"), ("seq", "tensor", "stage"), ("fsdp", "expert", "stage"), ("tensor", "expert", "seq"),
     ("fsdp", "tensor", "stage"),
 ]  # fmt: skip
-DEFAULT = [("seq", "expert"), ("tensor", "stage")]
+GATE = [("seq", "expert"), ("tensor", "stage")]
 
 
-@pytest.mark.parametrize("axes", [pytest.param(a, marks=() if a in DEFAULT else pytest.mark.slow, id=" x ".join(a)) for a in MESHES])
+@pytest.mark.parametrize("axes", [pytest.param(a, marks=pytest.mark.slow(always=a in GATE), id=" x ".join(a)) for a in MESHES])
 def test_axes_together_equal_one_device(axes):
     report = verify(tiny(dict.fromkeys(axes, 2), num_layers=4, dropout=0.1), checks=["mesh"], log=print)
     assert report.passed, report.table()

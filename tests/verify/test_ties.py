@@ -62,6 +62,7 @@ def tied_case(monkeypatch, turn):
     return case
 
 
+@pytest.mark.slow(always=True)
 def test_turned_ties_are_replayed_and_counted(monkeypatch):
     """Of two experts with one score the reference takes the first, the mesh here the second: right on both sides, once all replay one."""
     case = tied_case(monkeypatch, lambda logits_BTE: logits_BTE.at[..., 1].multiply(1 + 1e-6))
