@@ -1,4 +1,6 @@
-"""One billion parameters, a quarter of them active: retention and attention three to one, sixteen experts of which each token uses two.
+"""One billion parameters, a third of them active: retention and attention three to one, sixteen experts of which each token uses two.
+
+Wide and shallow: of three shapes of one billion, the one that a TPU v4 is predicted to train at the largest share of its peak (docs/log.md).
 
     python -m experiments.train --config=configs/moe_1b.py            # a GPU, a TPU, or (hours per step) a 2-core CPU with 24 GB
     python -m experiments.train --config=configs/moe_1b.py:small      # one minute of the same code on a CPU
@@ -11,19 +13,19 @@ def get_config(arg=None):
     c.steps, c.batch_size, c.seq_len = 20_000, 256, 2048
     c.model = common.model(
         vocab_size=32_768,
-        d_model=1024,
-        num_layers=16,
+        d_model=2048,
+        num_layers=8,
         pattern=("retention", "retention", "retention", "attention"),
         channel=("moe",),
         mixers={
             "retention": {"num_heads": 8, "head_dim": 128, "value_dim": 256},
-            "attention": {"num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "qk_norm": True},
+            "attention": {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128, "qk_norm": True},
         },
         channels={"moe": {"num_experts": 16, "top_k": 2, "hidden": 1024, "shared_experts": 1, "bias_update_rate": 1e-3}},
         tie_embeddings=True,
         compute_dtype="auto",  # bfloat16 on accelerators, float32 on a CPU, which multiplies bfloat16 more slowly
     )
-    c.expect.params, c.expect.active_params = 1.0006e9, 0.296e9
+    c.expect.params, c.expect.active_params = 1.0447e9, 0.3400e9
     c.data.tokenizer = "bpe:32768"
     # Adafactor: its moments are a few MB, so that float32 parameters, gradients and accumulator fit in 20 GB of host memory.
     c.optim.name, c.optim.lr, c.optim.warmup_steps = "adafactor", 1e-2, 500
