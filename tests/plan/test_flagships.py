@@ -74,8 +74,8 @@ def test_the_example_of_the_document_is_a_report():
 
 # Bytes of these differ by more than 5 % from the program's: (at least, at most) the closed form over it.
 ELSEWHERE = {
-    ("moe_1b-v4-4", "fsdp"): (1.2, 1.3),  # unrolled: what the forward pass gathers is gathered once for all micro-batches
-    ("moe_1b-v5e-8", "fsdp"): (1.05, 1.12),  # the same; and programs for v5e sum some gradients whole
+    ("moe_1b-v4-4", "fsdp"): (1.1, 1.2),  # unrolled: what the forward pass gathers is gathered once for all micro-batches
+    ("moe_1b-v5e-8", "fsdp"): (1.1, 1.2),  # the same
     ("retnet_6p7b-1m-v4-512", "fsdp"): (0.88, 0.92),  # three quarters of what retention gathers again is gathered for its gradients too
     ("gpt4_moe_1p8t-v4-3840", "fsdp+expert"): (0.5, 0.7),  # XLA made matmuls with gathered operands into windowed ones, of permutes
     ("gpt4_moe_1p8t-v4-3840", "tensor"): (0.4, 0.6),  # the same, and whole sums where a part is kept (expert.py's psum)
