@@ -1,6 +1,6 @@
 """One billion parameters, a third of them active: retention and attention three to one, sixteen experts of which each token uses two.
 
-Wide and shallow: of three shapes of one billion, the one that a TPU v4 is predicted to train at the largest share of its peak (docs/log.md).
+Wide and shallow: of three shapes of one billion, the one a TPU v4 is predicted to train at the largest share of its peak: docs/log.md.
 
     python -m experiments.train --config=configs/moe_1b.py            # a GPU, a TPU, or (hours per step) a 2-core CPU with 24 GB
     python -m experiments.train --config=configs/moe_1b.py:small      # one minute of the same code on a CPU
