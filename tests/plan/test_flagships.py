@@ -17,7 +17,6 @@ from tests.configs.catalogue import ROOT
 
 FOLDER = ROOT / "docs" / "plans"
 PLANS = tomllib.loads((FOLDER / "plans.toml").read_text())
-MADE = [name for name in PLANS if (FOLDER / f"{name}.json").exists()]
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -28,9 +27,9 @@ def test_an_entry_names_what_exists(name):
     assert f"{name}" in (FOLDER / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", PLANS)
 def test_a_report_belongs_to_its_entry(name):
-    plan, entry = records.from_json(json.loads((FOLDER / f"{name}.json").read_text())), PLANS[name]
+    plan, entry = made(name), PLANS[name]
     text = (FOLDER / f"{name}.txt").read_text()
     assert plan.fits and plan.method == "compiled" and plan.operations
     assert (plan.config, plan.topology) == (entry["config"], entry["topology"])
@@ -39,8 +38,6 @@ def test_a_report_belongs_to_its_entry(name):
 
 
 def made(name):
-    if name not in MADE:
-        pytest.skip(f"{name} is not planned yet")
     return records.from_json(json.loads((FOLDER / f"{name}.json").read_text()))
 
 
@@ -74,8 +71,8 @@ def test_the_example_of_the_document_is_a_report():
 
 # Bytes of these differ by more than 5 % from the program's: (at least, at most) the closed form over it.
 ELSEWHERE = {
-    ("moe_1b-v4-4", "fsdp"): (1.1, 1.2),  # unrolled: what the forward pass gathers is gathered once for all micro-batches
-    ("moe_1b-v5e-8", "fsdp"): (1.1, 1.2),  # the same
+    ("moe_1b-v4-4", "fsdp"): (1.12, 1.16),  # unrolled: what the forward pass gathers is gathered once for all micro-batches
+    ("moe_1b-v5e-8", "fsdp"): (1.12, 1.16),  # the same
     ("dense_65b-v4-64", "fsdp"): (1.05, 1.08),  # half of what attention's gradients would gather is there from its recomputation
     ("retnet_6p7b-1m-v4-512", "fsdp"): (0.88, 0.92),  # three quarters of what retention gathers again is gathered for its gradients too
     ("gpt4_moe_1p8t-v4-3840", "fsdp+expert"): (0.5, 0.7),  # XLA made matmuls with gathered operands into windowed ones, of permutes
@@ -116,7 +113,7 @@ def formula(name):
     return closed_form.plan(program.as_mapping(config, mesh), topology.parse(entry["topology"]), what=what)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MADE])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PLANS])
 def test_the_closed_form_sends_what_the_program_sends(name):
     """Bytes per mesh axis within 5 %, of axes that carry a thousandth of all; what is not is listed, so that the list stays true."""
     sent = [collections.Counter(), collections.Counter()]
@@ -135,20 +132,19 @@ def test_the_closed_form_sends_what_the_program_sends(name):
 @pytest.mark.subprocess
 @pytest.mark.parametrize("name", PLANS)
 def test_the_closed_form_fits_too(name, tmp_path):
-    """And is near the compiled plan where there is one: docs/plan.md states the band, which other chips than v4 have not."""
+    """And is near the compiled plan: docs/plan.md states the band, which other chips than v4 have not."""
     entry, file = PLANS[name], tmp_path / "plan.json"
     command = [sys.executable, "-m", "experiments.plan", f"--config={entry['config']}", f"--topology={entry['topology']}", *entry["flags"]]
     more = ["--fast", "--require-fit", "--no-tables", f"--json={file}"]
     done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    if name in MADE:
-        compiled, closed = (records.from_json(json.loads(f.read_text())) for f in (FOLDER / f"{name}.json", file))
-        assert closed.model_flops == compiled.model_flops
-        least, most = MEMORY.get(name, (0.9, 1.1))
-        assert least < closed.memory.total / compiled.memory.total < most
-        if compiled.what == "decode":
-            moved = [sum(o.calls * o.bytes for o in p.operations if o.kind != "collective") for p in (closed, compiled)]
-            assert moved[0] == pytest.approx(moved[1], rel=0.1)
-        elif compiled.chip == "v4":
-            least = 0.4 if compiled.mesh["stage"] > 1 else 0.6 if "moe" in {o.layer for o in compiled.operations} else 0.9
-            assert least < closed.seconds / compiled.seconds < 1.1, (closed.seconds, compiled.seconds)
+    compiled, closed = (records.from_json(json.loads(f.read_text())) for f in (FOLDER / f"{name}.json", file))
+    assert closed.model_flops == compiled.model_flops
+    least, most = MEMORY.get(name, (0.9, 1.1))
+    assert least < closed.memory.total / compiled.memory.total < most
+    if compiled.what == "decode":
+        moved = [sum(o.calls * o.bytes for o in p.operations if o.kind != "collective") for p in (closed, compiled)]
+        assert moved[0] == pytest.approx(moved[1], rel=0.1)
+    elif compiled.chip == "v4":
+        least = 0.4 if compiled.mesh["stage"] > 1 else 0.6 if "moe" in {o.layer for o in compiled.operations} else 0.9
+        assert least < closed.seconds / compiled.seconds < 1.1, (closed.seconds, compiled.seconds)
