@@ -306,8 +306,8 @@ PLANTED = {
 
 # One of each kind by default: a sum, a mask, a state, a label, a loss, a key, a scale, what is recomputed, what is restored.
 DEFAULT = {
-    "missing_psum", "ring_mask_off_by_one", "state_not_reset", "permuted_labels", "wrong_scale", "moments_not_restored",
-    "state_gradient_stays",
+    "missing_psum", "ring_mask_off_by_one", "state_not_reset", "permuted_labels", "dropped_auxiliary_loss", "stale_micro_batch_key",
+    "wrong_scale", "recomputed_otherwise", "moments_not_restored", "state_gradient_stays",
 }  # fmt: skip
 
 
